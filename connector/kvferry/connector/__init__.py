@@ -1,0 +1,3 @@
+"""The core of kvferry."""
+
+__version__ = "0.1.0"

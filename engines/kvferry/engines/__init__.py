@@ -1,0 +1,1 @@
+"""Thin adapters from inference engines to the kvferry session."""
