@@ -1,0 +1,84 @@
+"""The configuration schema: typed, strict, with defaults that are safe and fast.
+
+Values only. ``settings`` reads them from the engine's extra config, a TOML file and ``KVFERRY_*``
+variables and explains mistakes; a tier's own options are typed by its plugin.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["Config", "ExplainConfig", "HostConfig", "TierConfig"]
+
+GIB = 1 << 30
+
+
+class HostConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The host tier: the shared-memory arena."""
+
+    capacity: int = 4 * GIB
+    """Bytes of the arena, all workers together; sizes like ``"64GiB"`` are understood."""
+    eviction: str = "s3fifo"
+    """Eviction policy by name: ``lru``, ``s3fifo``, or a plugin's."""
+    huge_pages: bool = False
+    """Back the arena with huge pages; falls back, saying so, where none are reserved."""
+
+
+class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What kvferry itself needs to know about a tier; the rest are the tier's own options."""
+
+    type: str
+    """Which kind of tier; ``kvferry plugins`` lists them."""
+    name: str = ""
+    """Name in reports; the type when empty."""
+    threads: int = 4
+    """Threads that call the tier."""
+    queue_blocks: int = 256
+    """Blocks that may wait to be stored; more are shed and counted."""
+    deadline_s: float = 10.0
+    """Seconds after which a load or store counts as failed."""
+    required: bool = False
+    """Refuse to start when the tier cannot be opened, rather than go on without it."""
+
+
+class ExplainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Records for ``kvferry explain``."""
+
+    enabled: bool = True
+    directory: str = ""
+    """Where records are kept; ``$XDG_STATE_HOME/kvferry/explain`` when empty."""
+    max_bytes: int = 16 << 20
+    """Bound on the records on disk, per engine."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be configured."""
+
+    enabled: bool = True
+    """False passes every request through untouched."""
+    block_tokens: int = 0
+    """Tokens per block, a multiple of the engine's page; 0 picks the smallest multiple >= 64."""
+    host: HostConfig = HostConfig()
+    tiers: tuple[dict[str, object], ...] = ()
+    """Tiers below the host, in the order they are asked; each a ``TierConfig`` plus its options."""
+    plugins: tuple[str, ...] = ()
+    """Modules to load as plugins besides the installed ones."""
+    tenant: str = ""
+    """Blocks are shared within a tenant only."""
+    secret: str = ""
+    """Signs frames; frames without a valid signature are refused. Prefer ``KVFERRY_SECRET``."""
+    model: str = ""
+    """Model id for keys; the engine's model name when empty. Set it when paths differ by machine."""
+    revision: str = ""
+    """Revision of the weights for keys; found or digested when empty."""
+    save: str = "all"
+    """``all`` saves prompt and generated blocks, ``prompt`` only the prompt's, ``none`` nothing."""
+    lease_s: float = 60.0
+    """Seconds a lease or reservation is valid without being renewed or settled."""
+    load_deadline_s: float = 5.0
+    """Seconds a request waits for slower tiers before it goes on with what is in the arena."""
+    retry_failed_s: float = 30.0
+    """Seconds for which a block that could not be loaded is not offered again."""
+    self_test: bool = True
+    """Check at start that pages survive the round trip through a block; off only for debugging."""
+    explain: ExplainConfig = ExplainConfig()

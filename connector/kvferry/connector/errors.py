@@ -1,0 +1,138 @@
+"""Every error kvferry raises on purpose.
+
+The tree follows responsibility, not modules: who has to act is readable from the class.
+
+    KVFerryError                    root: catch this to catch all of them
+    ├─ ConfigError                  the operator's fault; raised before anything starts
+    ├─ PluginError                  a plugin broke its contract; ``__cause__`` is kept
+    ├─ UsageError                   the calling code's fault
+    │  ├─ ClosedError               used after ``close()``
+    │  ├─ LeaseError                an unknown, expired or foreign lease or reservation
+    │  └─ LayoutError               pages, slots and blocks that do not fit together
+    ├─ ArenaError                   shared memory could not be created, mapped or trusted
+    ├─ TierError                    the outside's fault: a tier failed as a whole
+    │  ├─ TierUnavailable           it cannot be reached or opened now
+    │  └─ TierTimeout               it did not answer within its deadline
+    └─ BlockRefused                 bytes were offered that must not reach a model
+
+A miss is not an error and has no class here: lookups and loads report it as a value.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArenaError",
+    "BlockRefused",
+    "ClosedError",
+    "ConfigError",
+    "KVFerryError",
+    "LayoutError",
+    "LeaseError",
+    "PluginError",
+    "TierError",
+    "TierTimeout",
+    "TierUnavailable",
+    "UsageError",
+    "short_key",
+]
+
+
+def short_key(key: bytes) -> str:
+    """Return the first 8 hex digits of a block key, the form used in messages and logs."""
+    return key[:4].hex()
+
+
+class KVFerryError(Exception):
+    """Root of every error that kvferry raises on purpose."""
+
+
+class ConfigError(KVFerryError):
+    """The configuration is wrong; nothing was started.
+
+    Args:
+        path: Where in the configuration, dotted (``tiers[0].capacity``).
+        why: What is wrong with the value.
+        hint: What to write instead.
+    """
+
+    def __init__(self, path: str, why: str, hint: str = "") -> None:
+        self.path = path
+        self.why = why
+        self.hint = hint
+        super().__init__(f"{path}: {why}" + (f" ({hint})" if hint else ""))
+
+
+class PluginError(KVFerryError):
+    """A plugin failed to import, registered something invalid, or raised where it must not.
+
+    Args:
+        plugin: The plugin's name.
+        hook: The hook or operation that failed.
+        why: What happened.
+    """
+
+    def __init__(self, plugin: str, hook: str, why: str) -> None:
+        self.plugin = plugin
+        self.hook = hook
+        super().__init__(f"plugin {plugin!r} failed in {hook}: {why}; it is switched off")
+
+
+class UsageError(KVFerryError):
+    """The calling code broke the contract of the function it called."""
+
+
+class ClosedError(UsageError):
+    """An object was used after ``close()``."""
+
+
+class LeaseError(UsageError):
+    """A lease or reservation is unknown, has expired, or belongs to another owner."""
+
+
+class LayoutError(UsageError):
+    """Pages, slots or blocks do not fit together."""
+
+
+class ArenaError(KVFerryError):
+    """The shared-memory arena could not be created, mapped or trusted."""
+
+
+class TierError(KVFerryError):
+    """A tier failed as a whole; single blocks that are absent or refused are values, not errors.
+
+    Args:
+        tier: The tier's name.
+        why: The cause.
+        hint: What the operator can do.
+        key: The block concerned, if it was one.
+    """
+
+    def __init__(self, tier: str, why: str, hint: str = "", key: bytes | None = None) -> None:
+        self.tier = tier
+        self.key = key
+        block = f" block {short_key(key)}" if key is not None else ""
+        super().__init__(f"tier {tier!r}{block}: {why}" + (f"; {hint}" if hint else ""))
+
+
+class TierUnavailable(TierError):
+    """The tier cannot be reached or opened now."""
+
+
+class TierTimeout(TierError):
+    """The tier did not answer within its deadline."""
+
+
+class BlockRefused(KVFerryError):
+    """A block was offered whose bytes must not reach a model.
+
+    Args:
+        key: The block that was asked for.
+        reason: One word for counters: ``magic``, ``version``, ``key``, ``fingerprint``,
+            ``length``, ``codec``, ``checksum`` or ``mac``.
+        why: The difference that was found.
+    """
+
+    def __init__(self, key: bytes, reason: str, why: str) -> None:
+        self.key = key
+        self.reason = reason
+        super().__init__(f"block {short_key(key)} refused ({reason}): {why}; it counts as a miss")

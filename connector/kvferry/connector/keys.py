@@ -1,0 +1,158 @@
+"""Block keys: which bytes may stand in for which computation.
+
+A key is the hash chain over everything that determines a block's KV: the model's fingerprint, the
+tenant, the cache salt, the adapter, and every token (and multimodal item) from the start of the
+prompt. Equal keys mean interchangeable bytes, in every process, on every machine and in every
+engine; nothing here depends on ``PYTHONHASHSEED`` or on the engine's own hashes.
+
+    root   = H("root"  | fingerprint | tenant | cache_salt | adapter)
+    key[i] = H("block" | key[i-1] | tokens[i] as little-endian u32 | extras[i])
+
+H is BLAKE3, 256 bits, never truncated. Every field is length-prefixed, so that no two different
+inputs concatenate to the same bytes. Only full blocks have keys.
+
+Pure functions and plain values; a ``KeyChain`` is owned by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NewType
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+
+__all__ = ["FORMAT_VERSION", "KEY_BYTES", "BlockKey", "Extra", "KeyChain", "ModelIdentity", "Scope", "root_key"]
+
+BlockKey = NewType("BlockKey", bytes)
+"""32 bytes that name one block."""
+
+KEY_BYTES = 32
+FORMAT_VERSION = 1
+"""Version of the canonical block format; part of the fingerprint."""
+
+_DOMAIN = b"kvferry/1"
+
+
+def _digest(fields: Iterable[bytes]) -> bytes:
+    hasher = blake3(_DOMAIN)
+    for field in fields:
+        hasher.update(len(field).to_bytes(8, "little"))
+        hasher.update(field)
+    return hasher.digest()
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that must agree for the bytes of two blocks to be interchangeable.
+
+    The engine's name and the tensor-parallel size are absent on purpose: the canonical format is
+    the same for all of them.
+    """
+
+    model: str
+    """Model id as the operator knows it; two copies under different paths should share one id."""
+    revision: str
+    """Commit of the weights, or a digest of configuration and weights where there is none."""
+    kv_dtype: str
+    """Element type of the KV cache (``bfloat16``, ``fp8_e4m3``)."""
+    quantisation: str = ""
+    """How weights and KV scales are quantised; empty for none."""
+    num_layers: int
+    num_kv_heads: int
+    """KV heads of the whole model, not of one rank."""
+    head_dim: int
+    kv_factor: int = 2
+    """2 where K and V are stored, 1 for MLA latents."""
+    rope: str = ""
+    """Canonical JSON of the rotary-embedding parameters."""
+    block_tokens: int
+    page_encoding: str = "plain"
+    """``plain`` when a page holds tokens in order; otherwise the name of the engine's packing, so
+    that opaque pages are never mixed with pages packed in another way."""
+    format_version: int = FORMAT_VERSION
+
+    def fingerprint(self) -> bytes:
+        """Return the 32-byte digest of all fields."""
+        named = sorted(msgspec.structs.asdict(self).items())
+        return _digest([b"model", *(f"{name}={value}".encode() for name, value in named)])
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """Who may share a block: requests of one scope see each other's blocks, others never do."""
+
+    tenant: str = ""
+    cache_salt: str = ""
+    adapter: str = ""
+    """Identity of the LoRA adapter, empty for the base model."""
+
+
+class Extra(msgspec.Struct, frozen=True):
+    """A part of a block's input that is not a token: a multimodal item or an embedding."""
+
+    kind: str
+    """``mm`` or ``embeds``."""
+    offset: int
+    """Position of the item relative to the block's first token; negative if it began earlier."""
+    digest: bytes
+    """The item's content hash at full width."""
+
+
+def root_key(fingerprint: bytes, scope: Scope) -> BlockKey:
+    """Return the key that precedes a prompt's first block."""
+    fields = [b"root", fingerprint, scope.tenant.encode(), scope.cache_salt.encode(), scope.adapter.encode()]
+    return BlockKey(_digest(fields))
+
+
+def _block_key(parent: BlockKey, tokens: bytes, extras: Sequence[Extra]) -> BlockKey:
+    fields = [b"block", parent, tokens]
+    for extra in extras:
+        fields += [extra.kind.encode(), extra.offset.to_bytes(8, "little", signed=True), extra.digest]
+    return BlockKey(_digest(fields))
+
+
+class KeyChain:
+    """The keys of one request's full blocks, extended as tokens become known.
+
+    Args:
+        root: From :func:`root_key`.
+        block_tokens: Tokens per block.
+    """
+
+    __slots__ = ("_block_tokens", "_keys", "_root")
+
+    def __init__(self, root: BlockKey, block_tokens: int) -> None:
+        self._root = root
+        self._block_tokens = block_tokens
+        self._keys: list[BlockKey] = []
+
+    @property
+    def keys(self) -> Sequence[BlockKey]:
+        """The keys so far, one per full block, first block first."""
+        return self._keys
+
+    def extend(
+        self, tokens: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None
+    ) -> Sequence[BlockKey]:
+        """Bring the chain up to the full blocks of ``tokens`` and return all keys.
+
+        Args:
+            tokens: All tokens of the request so far, ids in [0, 2**32). Tokens already covered
+                are not looked at again, so the prefix must not have changed.
+            extras: Extras by block index.
+
+        Returns:
+            One key per full block of ``tokens``.
+        """
+        done = len(self._keys)
+        full = len(tokens) // self._block_tokens
+        if full > done:
+            size = self._block_tokens
+            packed = np.asarray(tokens[done * size : full * size], dtype="<u4").tobytes()
+            parent = self._keys[-1] if self._keys else self._root
+            for index in range(done, full):
+                start = (index - done) * size * 4
+                of_block = extras.get(index, ()) if extras else ()
+                parent = _block_key(parent, packed[start : start + size * 4], of_block)
+                self._keys.append(parent)
+        return self._keys[:full] if full < len(self._keys) else self._keys
