@@ -149,8 +149,8 @@ class Arena:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise ArenaError(
-                f"cannot open the arena of process {handle.pid} ({path}): {error.strerror}; it must still run, "
-                "as the same user and in the same container"
+                f"cannot open the arena of process {handle.pid} ({path}): {error.strerror}; "
+                "it must still run, as the same user and in the same container"
             ) from error
         try:
             mapping = _map_verified(fd, handle)
@@ -175,7 +175,7 @@ class Arena:
         self._require_open()
         if not 0 <= index < self._handle.num_slots:
             raise UsageError(f"slot {index} is outside the arena's {self._handle.num_slots}")
-        return self._slots[index].data
+        return memoryview(self._slots[index])
 
     def generation(self, index: int) -> int:
         """Return the generation of a slot: changes whenever the slot changes hands."""
