@@ -6,11 +6,16 @@ variables and explains mistakes; a tier's own options are typed by its plugin.
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import msgspec
 
 __all__ = ["Config", "ExplainConfig", "HostConfig", "TierConfig"]
 
 GIB = 1 << 30
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,11 +36,11 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which kind of tier; ``kvferry plugins`` lists them."""
     name: str = ""
     """Name in reports; the type when empty."""
-    threads: int = 4
+    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
     """Threads that call the tier."""
-    queue_blocks: int = 256
+    queue_blocks: Count = 256
     """Blocks that may wait to be stored; more are shed and counted."""
-    deadline_s: float = 10.0
+    deadline_s: Seconds = 10.0
     """Seconds after which a load or store counts as failed."""
     required: bool = False
     """Refuse to start when the tier cannot be opened, rather than go on without it."""
@@ -56,7 +61,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     enabled: bool = True
     """False passes every request through untouched."""
-    block_tokens: int = 0
+    block_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Tokens per block, a multiple of the engine's page; 0 picks the smallest multiple >= 64."""
     host: HostConfig = HostConfig()
     tiers: tuple[dict[str, object], ...] = ()
@@ -71,13 +76,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Model id for keys; the engine's model name when empty. Set it when paths differ by machine."""
     revision: str = ""
     """Revision of the weights for keys; found or digested when empty."""
-    save: str = "all"
+    save: Literal["all", "prompt", "none"] = "all"
     """``all`` saves prompt and generated blocks, ``prompt`` only the prompt's, ``none`` nothing."""
-    lease_s: float = 60.0
+    lease_s: Seconds = 60.0
     """Seconds a lease or reservation is valid without being renewed or settled."""
-    load_deadline_s: float = 5.0
+    load_deadline_s: Seconds = 5.0
     """Seconds a request waits for slower tiers before it goes on with what is in the arena."""
-    retry_failed_s: float = 30.0
+    retry_failed_s: Seconds = 30.0
     """Seconds for which a block that could not be loaded is not offered again."""
     self_test: bool = True
     """Check at start that pages survive the round trip through a block; off only for debugging."""

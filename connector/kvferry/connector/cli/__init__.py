@@ -1,0 +1,1 @@
+"""The ``kvferry`` command line: one module per command, ``main`` puts them together."""

@@ -1,0 +1,155 @@
+"""Strict decoding of plain data into msgspec structs, with messages an operator can act on.
+
+msgspec knows the types and their bounds; this module adds what a configuration needs: the dotted path
+of every mistake, the nearest valid key for an unknown one, sizes such as ``"64GiB"``, and which fields
+are secret. Two naming rules replace annotations: a field called ``capacity`` or ending in ``_bytes`` is a
+size, a field whose name has a word such as ``secret`` or ``token`` in it is never shown.
+
+Pure functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+import msgspec
+
+from kvferry.connector.errors import ConfigError
+
+__all__ = ["decode", "is_secret", "is_size", "nearest", "parse_size", "struct_of", "unknown_key"]
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgtp", start=1)
+    for name, base in ((f"{letter}ib", 1024), (f"{letter}b", 1000))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_MAX_SIZE = 1 << 60
+_SIZE_HINT = 'write a number of bytes or a size such as "64GiB" or "512 MiB"'
+_SECRET_WORDS = frozenset({"secret", "password", "passwd", "token", "credential", "credentials", "apikey"})
+
+
+def is_size(name: str) -> bool:
+    """Tell whether a field of this name holds bytes and may be written as a size."""
+    return name == "capacity" or name.endswith(("_capacity", "_bytes"))
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether the value of a field of this name must not be shown."""
+    words = name.lower().replace("-", "_").split("_")
+    return not _SECRET_WORDS.isdisjoint(words) or name.lower().endswith(
+        ("access_key", "api_key", "private_key")
+    )
+
+
+def parse_size(value: object, path: str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        value: A positive whole number, or text with a unit: KiB, MiB, GiB, TiB, PiB (1024) or
+            kB, MB, GB, TB, PB (1000).
+        path: Where it stands, for the message.
+
+    Raises:
+        ConfigError: It is no size, or not a positive one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(path, f"found {_shown(value)}, expected a size", _SIZE_HINT)
+    if isinstance(value, int):
+        count = value
+    else:
+        match = _SIZE.fullmatch(value)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ConfigError(path, f"found {_shown(value)}, expected a size", _SIZE_HINT)
+        count = round(float(match[1]) * _UNITS[match[2].lower()])
+    if not 0 < count <= _MAX_SIZE:
+        raise ConfigError(
+            path, f"found {_shown(value)}, a size must be positive and at most 1024 PiB", _SIZE_HINT
+        )
+    return count
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that ``name`` was probably meant to be, or None."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def unknown_key(path: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a key that does not exist, naming the nearest one that does."""
+    names = sorted(known)
+    guess = nearest(name, names)
+    hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(names) or 'none'}"
+    return ConfigError(_join(path, name), "unknown key", hint)
+
+
+def struct_of(type_: object) -> type[msgspec.Struct] | None:
+    """Return the struct class that a field's type is, or None."""
+    return type_ if isinstance(type_, type) and issubclass(type_, msgspec.Struct) else None
+
+
+def decode(struct_type: type[S], raw: object, path: str = "", others: Iterable[str] = ()) -> S:
+    """Turn a mapping into ``struct_type``, refusing whatever does not fit.
+
+    Args:
+        struct_type: The schema.
+        raw: What was read from JSON, TOML or the engine.
+        path: Dotted path of ``raw`` itself, for messages.
+        others: Keys that are valid beside ``raw`` though not part of it, to guess unknown ones.
+
+    Raises:
+        ConfigError: Unknown key, missing key, wrong type, or a value out of its range.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(path or "configuration", f"found {_shown(raw)}, expected a table of settings")
+    fields = {field.name: field for field in msgspec.structs.fields(struct_type)}
+    values: dict[str, object] = {}
+    for name, value in raw.items():
+        if name not in fields:
+            raise unknown_key(path, str(name), [*fields, *others])
+        values[name] = _value(name, fields[name].type, value, _join(path, name))
+    for field in fields.values():
+        if field.required and field.name not in values:
+            raise ConfigError(_join(path, field.name), "is required and was not given")
+    try:
+        return struct_type(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(path or "configuration", str(error)) from error
+
+
+def _value(name: str, type_: Any, raw: object, path: str) -> object:
+    nested = struct_of(type_)
+    if nested is not None:
+        return decode(nested, raw, path)
+    if is_size(name) and raw is not None:
+        raw = parse_size(raw, path)
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise ConfigError(path, f"found {raw}, expected a finite number")
+    try:
+        return msgspec.convert(raw, type_, strict=True)
+    except msgspec.ValidationError as error:
+        found = "a value (not shown)" if is_secret(name) else _shown(raw)
+        raise ConfigError(path, f"found {found}, expected {_expected(type_, error)}") from None
+
+
+def _expected(type_: Any, error: msgspec.ValidationError) -> str:
+    """Say what would have been right: the alternatives of a Literal, else msgspec's own words."""
+    if str(get_origin(type_)) == "typing.Literal":
+        return " or ".join(repr(value) for value in get_args(type_))
+    text = str(error).replace("`", "")
+    return text.removeprefix("Expected ").partition(", got")[0]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
