@@ -34,6 +34,16 @@ _MAX_SIZE = 1 << 60
 _SIZE_HINT = 'write a number of bytes or a size such as "64GiB" or "512 MiB"'
 _SECRET_WORDS = frozenset({"secret", "password", "passwd", "token", "credential", "credentials", "apikey"})
 
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+"""What msgspec's names for types are called in front of an operator."""
+
 
 def is_size(name: str) -> bool:
     """Tell whether a field of this name holds bytes and may be written as a size."""
@@ -77,8 +87,9 @@ def parse_size(value: object, path: str) -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that ``name`` was probably meant to be, or None."""
-    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return close[0] if close else None
+    by_folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.5)
+    return by_folded[close[0]] if close else None
 
 
 def unknown_key(path: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -142,8 +153,8 @@ def _expected(type_: Any, error: msgspec.ValidationError) -> str:
     """Say what would have been right: the alternatives of a Literal, else msgspec's own words."""
     if str(get_origin(type_)) == "typing.Literal":
         return " or ".join(repr(value) for value in get_args(type_))
-    text = str(error).replace("`", "")
-    return text.removeprefix("Expected ").partition(", got")[0]
+    text = str(error).replace("`", "").removeprefix("Expected ").partition(", got")[0]
+    return re.sub(r"\w+", lambda word: _WORDS.get(word[0], word[0]), text)
 
 
 def _shown(value: object) -> str:
