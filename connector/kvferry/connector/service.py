@@ -103,11 +103,15 @@ class CacheService(Protocol):
     def lookup(self, keys: Sequence[BlockKey]) -> Match:
         """Tell how much of a prefix is there. No side effect."""
 
-    def prefetch(self, owner: str, keys: Sequence[BlockKey]) -> None:
+    def prefetch(self, owner: str, keys: Sequence[BlockKey]) -> int:
         """Start bringing the reachable prefix of ``keys`` into the arena and keep it there for ``owner``.
 
         Idempotent; concurrent prefetches of one block are one load. The blocks are pinned until
         ``release_owner`` or until the lease time has passed.
+
+        Returns:
+            How many leading blocks are ready or on their way now; fewer than reachable when the
+            arena has no room for all. Waiting for more than these is in vain.
         """
 
     def lease(self, owner: str, keys: Sequence[BlockKey]) -> Lease:
