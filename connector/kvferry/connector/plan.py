@@ -52,6 +52,8 @@ class TransferResult(msgspec.Struct, frozen=True):
     is_finished: bool
     refused: tuple[str, ...] = ()
     """Reasons of blocks refused by verification, for counters."""
+    refused_keys: tuple[BlockKey, ...] = ()
+    """The refused blocks, parallel to ``refused``."""
     duration_s: float = 0.0
     error: str = ""
     """Why the tier failed as a whole, if it did."""
