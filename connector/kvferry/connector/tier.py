@@ -39,9 +39,6 @@ class Outcome(enum.Enum):
     """``store``: capacity is reached and nothing can be evicted, or the medium is full."""
     FAILED = "failed"
     """This block failed; others of the batch may have succeeded."""
-    REFUSED = "refused"
-    """``load``: bytes were found that failed verification. Set by kvferry; a tier may set it too when its
-    own checks find damage."""
 
 
 class Frame(msgspec.Struct, frozen=True):
