@@ -50,6 +50,7 @@ class ExplainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Records for ``kvferry explain``."""
 
     enabled: bool = True
+    """False keeps no records."""
     directory: str = ""
     """Where records are kept; ``$XDG_STATE_HOME/kvferry/explain`` when empty."""
     max_bytes: int = 16 << 20
