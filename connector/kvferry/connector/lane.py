@@ -1,12 +1,12 @@
 """A lane: one tier's bounded queue and the threads that call the tier.
 
-A thread takes a part of a transfer, composes or verifies its frames and calls the tier; whatever the
-tier does, the part is reported exactly once. Loads go before stores, and stores leave one thread free
-for loads. A delete waits for the stores before it and holds those behind it, so that nothing that was
-deleted is stored by a thread that was slower.
+A thread takes a transfer, composes or verifies its frames and calls the tier; whatever the tier does,
+the transfer is reported exactly once. Loads go before stores, and stores leave one thread free for
+loads. A delete waits for the stores before it and holds those behind it, so that nothing that was
+deleted is stored again by a thread that was slower.
 
-Threading: ``put``, ``room`` and ``withdraw`` belong to the mover's thread, the rest to the lane's own
-threads, which are named ``kvferry-<tier>-<n>``. The queue is the only state they share.
+Threading: ``put`` and ``withdraw`` belong to the mover's thread, the rest to the lane's own threads,
+which are named ``kvferry-<tier>-<n>``. The queue is the only state they share.
 """
 
 from __future__ import annotations
@@ -15,40 +15,38 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import msgspec
 
-from kvferry.connector.errors import BlockRefused, TierError, short_key
+from kvferry.connector.errors import BlockRefused, TierError
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
-from kvferry.connector.plan import Direction
+from kvferry.connector.plan import Direction, Transfer
 from kvferry.connector.tier import Frame, Outcome, Tier
 
-__all__ = ["Lane", "Part", "PartReport"]
+__all__ = ["Job", "JobReport", "Lane"]
 
 _IDLE_WAIT_S = 60.0
 _LOG_EVERY_S = 60.0
 
 
-class Part(msgspec.Struct, eq=False):
-    """Some blocks of a transfer: the unit one thread works on."""
+class Job(msgspec.Struct, eq=False):
+    """A transfer in a lane."""
 
-    transfer_id: int
-    direction: Direction
-    first: int
-    """Index of the part's first block within the transfer."""
-    keys: tuple[BlockKey, ...]
-    slots: tuple[int, ...]
+    transfer: Transfer
+    submitted: float
     started: float | None = None
-    """When a thread took it; None while it waits."""
+    """When a thread began it; None while it waits."""
+    is_late: bool = False
+    """Its deadline passed and was reported; set by the mover."""
 
 
-class PartReport(msgspec.Struct, frozen=True):
-    """What became of a part."""
+class JobReport(msgspec.Struct, frozen=True):
+    """What became of a job."""
 
-    part: Part
+    job: Job
     outcomes: tuple[Outcome, ...]
     refused: tuple[tuple[BlockKey, str], ...] = ()
     """Blocks whose bytes were refused, and why."""
@@ -64,10 +62,10 @@ class Lane:
         name: The tier's name.
         tier: What is called.
         threads: How many threads call it.
-        queue_blocks: Blocks that may wait to be stored, and as many to be loaded.
+        queue_blocks: Blocks that may wait to be stored.
         seal: Composes and verifies frames.
         slot: Returns the bytes of an arena slot.
-        reports: Where reports go.
+        reports: Where the tier's name and a report go.
         clock: Seconds, monotonic.
         logger: Where failures are reported, each kind at most once a minute.
     """
@@ -81,7 +79,7 @@ class Lane:
         queue_blocks: int,
         seal: FrameSeal,
         slot: Callable[[int], memoryview],
-        reports: SimpleQueue[tuple[str, PartReport]],
+        reports: SimpleQueue[tuple[str, JobReport]],
         clock: Callable[[], float],
         logger: logging.Logger,
     ) -> None:
@@ -101,25 +99,16 @@ class Lane:
             thread.start()
 
     @property
-    def threads(self) -> int:
-        """How many threads call the tier."""
-        return len(self._threads)
-
-    @property
     def queued_blocks(self) -> int:
         """Blocks that wait to be stored."""
-        return self._queue.waiting[Direction.STORE]
+        return self._queue.queued_blocks
 
-    def room(self, direction: Direction) -> int:
-        """Return how many more blocks the queue takes now."""
-        return self._queue.room(direction)
+    def put(self, job: Job) -> bool:
+        """Queue a job; False when it is a store and the queue has no room for it."""
+        return self._queue.put(job)
 
-    def put(self, part: Part) -> None:
-        """Add a part; the caller has looked at ``room``."""
-        self._queue.put(part)
-
-    def withdraw(self, wanted: Callable[[Part], bool]) -> list[Part]:
-        """Take parts that no thread has begun out of the queue."""
+    def withdraw(self, wanted: Callable[[Job], bool]) -> list[Job]:
+        """Take jobs that no thread has begun out of the queue."""
         return self._queue.withdraw(wanted)
 
     def stop(self, deadline: float) -> list[str]:
@@ -130,49 +119,50 @@ class Lane:
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _work(self) -> None:
-        while (part := self._queue.take(self._clock)) is not None:
-            report = self._run(part)
-            self._queue.done(part)
+        while (job := self._queue.take(self._clock)) is not None:
+            report = self._run(job)
+            self._queue.done(job)
             self._reports.put((self.name, report))
-            del part, report  # an idle thread holds no views of the arena
+            del job, report  # an idle thread holds no views of the arena
 
-    def _run(self, part: Part) -> PartReport:
+    def _run(self, job: Job) -> JobReport:
         refused: list[tuple[BlockKey, str]] = []
-        outcomes: Sequence[Outcome] = (Outcome.FAILED,) * len(part.keys)
+        outcomes = [Outcome.FAILED] * len(job.transfer.keys)
         why = ""
         try:
-            outcomes = self._call(part, refused)
-        except BaseException as error:  # noqa: BLE001  # boundary: whatever a tier raises, the part is reported
+            outcomes = self._call(job.transfer, refused)
+        except BaseException as error:  # noqa: BLE001  # boundary: whatever a tier raises, the job is reported
             why = str(error) if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
-            self._log.warn(f"{part.direction.value} {type(error).__name__}", f"tier {self.name!r}: {why}")
-        duration = self._clock() - (part.started or 0.0)
-        return PartReport(part, tuple(outcomes), tuple(refused), duration, why)
+            kind = f"{job.transfer.direction.value} {type(error).__name__}"
+            self._log.warn(kind, f"tier {self.name!r} failed to {job.transfer.direction.value}: {why}")
+        duration = self._clock() - (job.started or 0.0)
+        return JobReport(job, tuple(outcomes), tuple(refused), duration, why)
 
-    def _call(self, part: Part, refused: list[tuple[BlockKey, str]]) -> Sequence[Outcome]:
-        if part.direction is Direction.LOAD:
-            return self._load(part, refused)
-        if part.direction is Direction.STORE:
-            return self._store(part)
-        self._tier.delete(part.keys)
-        return [Outcome.OK] * len(part.keys)
+    def _call(self, transfer: Transfer, refused: list[tuple[BlockKey, str]]) -> list[Outcome]:
+        if transfer.direction is Direction.LOAD:
+            return self._load(transfer, refused)
+        if transfer.direction is Direction.STORE:
+            return self._store(transfer)
+        self._tier.delete(transfer.keys)
+        return [Outcome.OK] * len(transfer.keys)
 
-    def _store(self, part: Part) -> list[Outcome]:
-        headers = memoryview(bytearray(HEADER_BYTES * len(part.keys)))
-        frames: list[Frame] = []
-        for index, (key, slot) in enumerate(zip(part.keys, part.slots, strict=True)):
-            header = headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES]
-            payload = self._slot(slot)
-            self._seal.seal(key, header, payload)
-            frames.append(Frame(key, header.toreadonly(), payload.toreadonly()))
-        return self._checked(self._tier.store(frames), part)
-
-    def _load(self, part: Part, refused: list[tuple[BlockKey, str]]) -> list[Outcome]:
-        headers = memoryview(bytearray(HEADER_BYTES * len(part.keys)))
-        frames = [
+    def _frames(self, transfer: Transfer) -> list[Frame]:
+        headers = memoryview(bytearray(HEADER_BYTES * len(transfer.keys)))
+        return [
             Frame(key, headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES], self._slot(slot))
-            for index, (key, slot) in enumerate(zip(part.keys, part.slots, strict=True))
+            for index, (key, slot) in enumerate(zip(transfer.keys, transfer.slots, strict=True))
         ]
-        outcomes = self._checked(self._tier.load(frames), part)
+
+    def _store(self, transfer: Transfer) -> list[Outcome]:
+        frames = self._frames(transfer)
+        for frame in frames:
+            self._seal.seal(frame.key, frame.header, frame.payload)
+        sealed = [Frame(frame.key, frame.header.toreadonly(), frame.payload.toreadonly()) for frame in frames]
+        return self._checked(self._tier.store(sealed), transfer)
+
+    def _load(self, transfer: Transfer, refused: list[tuple[BlockKey, str]]) -> list[Outcome]:
+        frames = self._frames(transfer)
+        outcomes = self._checked(self._tier.load(frames), transfer)
         for index, frame in enumerate(frames):
             if outcomes[index] is not Outcome.OK:
                 continue
@@ -182,79 +172,69 @@ class Lane:
                 outcomes[index] = Outcome.FAILED
                 refused.append((frame.key, refusal.reason))
                 self._log.warn(f"refused {refusal.reason}", f"tier {self.name!r}: {refusal}")
-        if refused:
-            self._quarantine([key for key, _ in refused])
         return outcomes
 
-    def _quarantine(self, keys: list[BlockKey]) -> None:
-        """Delete refused blocks, so that nobody meets them again."""
-        try:
-            self._tier.delete(keys)
-        except BaseException as error:  # noqa: BLE001  # boundary: the refusal stands whether or not the delete works
-            why = f"tier {self.name!r}: cannot delete refused block {short_key(keys[0])}: {error}"
-            self._log.warn(f"quarantine {type(error).__name__}", why)
-
-    def _checked(self, outcomes: object, part: Part) -> list[Outcome]:
+    def _checked(self, outcomes: object, transfer: Transfer) -> list[Outcome]:
         """Believe a plugin's answer only if it has the promised shape."""
         if (
             not isinstance(outcomes, list | tuple)
-            or len(outcomes) != len(part.keys)
+            or len(outcomes) != len(transfer.keys)
             or not all(isinstance(outcome, Outcome) for outcome in outcomes)
         ):
-            what = f"{part.direction.value} did not return one Outcome for each of {len(part.keys)} blocks"
+            what = f"{transfer.direction.value} did not return one Outcome for each of {len(transfer.keys)} blocks"
             raise TierError(self.name, what, "report this to the plugin's author")
         return list(outcomes)
 
 
 class _Queue:
-    """The parts of one lane that wait, and the rule which one may be begun next."""
+    """The jobs of one lane that wait, and the rule which one may be begun next."""
 
-    def __init__(self, queue_blocks: int, max_writers: int) -> None:
-        self.waiting = dict.fromkeys(Direction, 0)
+    def __init__(self, queue_blocks: int, max_storing: int) -> None:
+        self.queued_blocks = 0
         self._queue_blocks = queue_blocks
-        self._max_writers = max_writers
-        self._loads: deque[Part] = deque()
-        self._writes: deque[Part] = deque()
-        self._running_stores = 0
+        self._max_storing = max_storing
+        self._loads: deque[Job] = deque()
+        self._writes: deque[Job] = deque()
+        self._storing = 0
         self._is_deleting = False
         self._is_closed = False
         self._changed = threading.Condition()
 
-    def room(self, direction: Direction) -> int:
+    def put(self, job: Job) -> bool:
         with self._changed:
-            return 0 if self._is_closed else self._queue_blocks - self.waiting[direction]
-
-    def put(self, part: Part) -> None:
-        with self._changed:
-            (self._loads if part.direction is Direction.LOAD else self._writes).append(part)
-            self.waiting[part.direction] += len(part.keys)
+            if job.transfer.direction is Direction.STORE:
+                if self.queued_blocks + len(job.transfer.keys) > self._queue_blocks:
+                    return False
+                self.queued_blocks += len(job.transfer.keys)
+            self._queue_of(job).append(job)
             self._changed.notify()
+            return True
 
-    def take(self, clock: Callable[[], float]) -> Part | None:
-        """Wait for a part that may be begun; None when the lane closes."""
+    def take(self, clock: Callable[[], float]) -> Job | None:
+        """Wait for a job that may be begun; None when the lane closes."""
         with self._changed:
             while not self._is_closed:
-                part = self._next()
-                if part is not None:
-                    part.started = clock()
-                    return part
+                job = self._next()
+                if job is not None:
+                    job.started = clock()
+                    return job
                 self._changed.wait(_IDLE_WAIT_S)
             return None
 
-    def done(self, part: Part) -> None:
+    def done(self, job: Job) -> None:
         with self._changed:
-            if part.direction is Direction.STORE:
-                self._running_stores -= 1
-            elif part.direction is Direction.DELETE:
+            if job.transfer.direction is Direction.STORE:
+                self._storing -= 1
+            elif job.transfer.direction is Direction.DELETE:
                 self._is_deleting = False
             self._changed.notify_all()
 
-    def withdraw(self, wanted: Callable[[Part], bool]) -> list[Part]:
+    def withdraw(self, wanted: Callable[[Job], bool]) -> list[Job]:
         with self._changed:
-            taken = [part for queue in (self._loads, self._writes) for part in queue if wanted(part)]
-            for part in taken:
-                (self._loads if part.direction is Direction.LOAD else self._writes).remove(part)
-                self.waiting[part.direction] -= len(part.keys)
+            taken = [job for jobs in (self._loads, self._writes) for job in jobs if wanted(job)]
+            for job in taken:
+                self._queue_of(job).remove(job)
+                self._leave(job)
             self._changed.notify_all()
             return taken
 
@@ -263,26 +243,32 @@ class _Queue:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _next(self) -> Part | None:
-        if self._loads:
-            part = self._loads.popleft()
-        elif self._writes and self._may_begin(self._writes[0]):
-            part = self._writes.popleft()
-            if part.direction is Direction.STORE:
-                self._running_stores += 1
-            else:
-                self._is_deleting = True
-        else:
-            return None
-        self.waiting[part.direction] -= len(part.keys)
-        return part
+    def _queue_of(self, job: Job) -> deque[Job]:
+        return self._loads if job.transfer.direction is Direction.LOAD else self._writes
 
-    def _may_begin(self, write: Part) -> bool:
+    def _leave(self, job: Job) -> None:
+        if job.transfer.direction is Direction.STORE:
+            self.queued_blocks -= len(job.transfer.keys)
+
+    def _next(self) -> Job | None:
+        if self._loads:
+            return self._loads.popleft()
+        if not self._writes or not self._may_begin(self._writes[0]):
+            return None
+        job = self._writes.popleft()
+        self._leave(job)
+        if job.transfer.direction is Direction.STORE:
+            self._storing += 1
+        else:
+            self._is_deleting = True
+        return job
+
+    def _may_begin(self, write: Job) -> bool:
         if self._is_deleting:
             return False
-        if write.direction is Direction.DELETE:
-            return self._running_stores == 0
-        return self._running_stores < self._max_writers
+        if write.transfer.direction is Direction.DELETE:
+            return self._storing == 0
+        return self._storing < self._max_storing
 
 
 class _SparseLog:

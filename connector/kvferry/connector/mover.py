@@ -1,10 +1,10 @@
 """The mover: carries transfers out against tiers and hands back what became of them.
 
 Each tier has its own ``Lane`` (bounded queue, threads), its own deadline and its own circuit breaker, so
-a dead tier slows nobody else. Nothing here blocks the caller: a full queue sheds stores and fails loads
-at once. Every transfer is reported as finished exactly once; one that passes its deadline while a tier's
-thread is at work is reported once before that as not finished, since a thread cannot be interrupted and
-its slots belong to it until it returns.
+a dead tier slows nobody else. Nothing here blocks the caller: a full queue sheds stores at once, an open
+breaker fails everything at once. Every transfer is reported as finished exactly once; one that passes
+its deadline while a tier's thread is at work is reported once before that as not finished, since a
+thread cannot be interrupted and the slots belong to it until it returns.
 
 Threading: one thread, the service's, calls every method; lanes report through one queue.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -23,66 +23,15 @@ from kvferry.connector.config import TierConfig
 from kvferry.connector.counters import TierCounters
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import FrameSeal
-from kvferry.connector.keys import BlockKey
-from kvferry.connector.lane import Lane, Part, PartReport
+from kvferry.connector.lane import Job, JobReport, Lane
 from kvferry.connector.plan import Direction, Transfer, TransferResult
 from kvferry.connector.tier import Outcome, Tier
 
 __all__ = ["Mover"]
 
-_PART_BYTES = 4 << 20
-"""Transfers are split between a lane's threads, but not into calls of fewer bytes than this."""
 _PAUSED = "paused after repeated failures"
 _QUEUE_FULL = "its queue is full"
-_CLOSING = "closing"
-
-
-class _Operation(msgspec.Struct, eq=False):
-    """A transfer under way, or one that is given up at once."""
-
-    transfer: Transfer
-    submitted: float
-    parts: list[Part]
-    outcomes: list[Outcome | None]
-    """None: not known yet."""
-    refused: list[tuple[BlockKey, str]] = []
-    duration_s: float = 0.0
-    error: str = ""
-    is_late: bool = False
-    shed: int = 0
-    """Blocks that never reached the tier."""
-
-    @property
-    def _when_shed(self) -> Outcome:
-        return Outcome.NO_ROOM if self.transfer.direction is Direction.STORE else Outcome.FAILED
-
-    def settle(self, part: Part, outcomes: Sequence[Outcome]) -> None:
-        """Take in what became of a part."""
-        self.parts.remove(part)
-        self.outcomes[part.first : part.first + len(outcomes)] = outcomes
-
-    def shed_part(self, part: Part, why: str) -> None:
-        """Give up a part that no thread has begun."""
-        self.settle(part, [self._when_shed] * len(part.keys))
-        self.shed += len(part.keys)
-        self.error = self.error or why
-
-    def shed_rest(self) -> None:
-        """Give up the blocks behind those whose outcome is to come."""
-        missing = len(self.transfer.keys) - len(self.outcomes)
-        self.outcomes += [self._when_shed] * missing
-        self.shed += missing
-
-    def result(self) -> TransferResult:
-        return TransferResult(
-            transfer=self.transfer,
-            outcomes=tuple(Outcome.FAILED if known is None else known for known in self.outcomes),
-            is_finished=not self.parts,
-            refused=tuple(reason for _, reason in self.refused),
-            refused_keys=tuple(key for key, _ in self.refused),
-            duration_s=self.duration_s,
-            error=self.error,
-        )
+_CLOSING = "kvferry is closing"
 
 
 class _Route(msgspec.Struct, eq=False):
@@ -92,7 +41,6 @@ class _Route(msgspec.Struct, eq=False):
     breaker: CircuitBreaker
     counters: TierCounters
     deadline_s: float
-    part_blocks: Callable[[int], int]
 
 
 class Mover:
@@ -102,9 +50,12 @@ class Mover:
         tiers: Open tiers and their configuration.
         seal: Composes and verifies frames.
         slot: Returns the bytes of an arena slot.
-        slot_bytes: Bytes of one slot, to size the calls and to count.
+        block_bytes: Payload of one block, for the totals.
         clock: Seconds, monotonic; the clock of every ``now``.
         logger: Where failures are reported.
+
+    Raises:
+        ConfigError: A tier's threads, queue or deadline is not positive.
     """
 
     def __init__(
@@ -113,15 +64,15 @@ class Mover:
         *,
         seal: FrameSeal,
         slot: Callable[[int], memoryview],
-        slot_bytes: int,
+        block_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
     ) -> None:
         self._logger = logger or logging.getLogger(__name__)
-        self._slot_bytes = slot_bytes
+        self._block_bytes = block_bytes
         self._clock = clock
-        self._reports: queue.SimpleQueue[tuple[str, PartReport]] = queue.SimpleQueue()
-        self._operations: dict[int, _Operation] = {}
+        self._reports: queue.SimpleQueue[tuple[str, JobReport]] = queue.SimpleQueue()
+        self._jobs: dict[int, Job] = {}
         self._ready: list[TransferResult] = []
         self._is_closing = False
         self._routes: dict[str, _Route] = {}
@@ -138,65 +89,51 @@ class Mover:
                 clock=clock,
                 logger=self._logger,
             )
-            self._routes[config.name] = _Route(
-                lane=lane,
-                breaker=CircuitBreaker(probe_s=2 * config.deadline_s),
-                counters=TierCounters(),
-                deadline_s=config.deadline_s,
-                part_blocks=_part_rule(config.threads, slot_bytes),
-            )
+            breaker = CircuitBreaker(probe_s=2 * config.deadline_s)
+            self._routes[config.name] = _Route(lane, breaker, TierCounters(), config.deadline_s)
 
     def submit(self, transfers: Iterable[Transfer], now: float) -> None:
         """Start transfers; what cannot be taken is reported by the next ``poll``. Never blocks.
 
-        Blocks that the queue has no room for, and all while the breaker is open, are ``NO_ROOM`` in a
-        store and ``FAILED`` otherwise.
+        A store that the queue has no room for is ``NO_ROOM``. While the tier's breaker is open, stores
+        are ``NO_ROOM`` and everything else is ``FAILED``.
         """
         for transfer in transfers:
             route = self._routes[transfer.tier]
-            count = len(transfer.keys)
-            is_delete = transfer.direction is Direction.DELETE
-            taken = count if is_delete else max(0, min(count, route.lane.room(transfer.direction)))
-            why = _CLOSING if self._is_closing else _QUEUE_FULL if taken < count else ""
-            if self._is_closing or (taken and not route.breaker.allow(now)):
-                taken, why = 0, why if self._is_closing else _PAUSED
-            known: list[Outcome | None] = [None] * taken
-            operation = _Operation(transfer, now, [], known, error=why)
-            operation.shed_rest()
-            if taken:
-                self._operations[transfer.id] = operation
-                self._start(operation, route, taken)
+            job = Job(transfer, now)
+            if self._is_closing:
+                self._shed(route, job, _CLOSING)
+            elif not route.breaker.allow(now):
+                self._shed(route, job, _PAUSED)
+            elif route.lane.put(job):
+                self._jobs[transfer.id] = job
             else:
-                self._finish(operation, route)
+                self._shed(route, job, _QUEUE_FULL)
 
     def poll(self, now: float) -> list[TransferResult]:
         """Return finished transfers, and those that passed their deadline since the last call."""
-        while True:
-            try:
-                name, report = self._reports.get_nowait()
-            except queue.Empty:
-                break
-            self._take_in(name, report, now)
-        for operation in list(self._operations.values()):
-            if operation.parts and not operation.is_late:
-                self._check_deadline(operation, self._routes[operation.transfer.tier], now)
+        while (named := self._next_report(0.0)) is not None:
+            self._take_in(*named, now)
+        for job in list(self._jobs.values()):
+            if not job.is_late:
+                self._check_deadline(job, now)
         ready, self._ready = self._ready, []
         return ready
 
     def has_pending(self) -> bool:
         """Tell whether a later ``poll`` will report something."""
-        return bool(self._operations or self._ready)
+        return bool(self._jobs or self._ready)
 
     def is_available(self, tier: str, now: float) -> bool:
         """Tell whether a transfer submitted now would reach the tier."""
         return self._routes[tier].breaker.would_allow(now)
 
     def counters(self) -> dict[str, TierCounters]:
-        """Return each tier's totals; the caller must not change them."""
+        """Return a copy of each tier's totals."""
         for route in self._routes.values():
             route.counters.queued_blocks = route.lane.queued_blocks
             route.counters.breaker = route.breaker.state.value
-        return {name: route.counters for name, route in self._routes.items()}
+        return {name: msgspec.structs.replace(route.counters) for name, route in self._routes.items()}
 
     def close(self, deadline_s: float) -> list[TransferResult]:
         """Drain stores for at most ``deadline_s`` seconds, end the threads, return the last results.
@@ -206,94 +143,89 @@ class Mover:
         """
         self._is_closing = True
         deadline = time.monotonic() + deadline_s
-        self._withdraw_all(lambda part: part.direction is Direction.LOAD)
-        while self._operations and (left := deadline - time.monotonic()) > 0:
-            try:
-                name, report = self._reports.get(timeout=left)
-            except queue.Empty:
-                break
-            self._take_in(name, report, self._clock())
-        self._withdraw_all(lambda part: True)
+        self._withdraw(lambda job: job.transfer.direction is Direction.LOAD)
+        while self._jobs and (left := deadline - time.monotonic()) > 0:
+            if (named := self._next_report(left)) is not None:
+                self._take_in(*named, self._clock())
+        self._withdraw(lambda job: True)
         for route in self._routes.values():
             for thread in route.lane.stop(deadline):
                 self._logger.warning("thread %s did not end within %.1f s; left behind", thread, deadline_s)
-        while not self._reports.empty():
-            name, report = self._reports.get_nowait()
-            self._take_in(name, report, self._clock())
-        ready, self._ready = self._ready, []
-        return ready
+        return self.poll(self._clock())
 
-    def _start(self, operation: _Operation, route: _Route, count: int) -> None:
-        transfer = operation.transfer
-        step = route.part_blocks(count) if transfer.direction is not Direction.DELETE else count
-        for first in range(0, count, step):
-            chosen = slice(first, min(first + step, count))
-            part = Part(transfer.id, transfer.direction, first, transfer.keys[chosen], transfer.slots[chosen])
-            operation.parts.append(part)
-        for part in tuple(operation.parts):
-            route.lane.put(part)
+    def _next_report(self, timeout_s: float) -> tuple[str, JobReport] | None:
+        try:
+            return self._reports.get(timeout=timeout_s) if timeout_s > 0 else self._reports.get_nowait()
+        except queue.Empty:
+            return None
 
-    def _take_in(self, name: str, report: PartReport, now: float) -> None:
+    def _take_in(self, name: str, report: JobReport, now: float) -> None:
         route = self._routes[name]
-        operation = self._operations[report.part.transfer_id]
-        operation.settle(report.part, report.outcomes)
-        operation.refused += report.refused
-        operation.duration_s = max(operation.duration_s, report.duration_s)
-        operation.error = operation.error or report.error
-        if not operation.is_late:
-            self._judge(route, report, now)
-        if not operation.parts:
-            del self._operations[operation.transfer.id]
-            self._finish(operation, route)
-
-    def _judge(self, route: _Route, report: PartReport, now: float) -> None:
-        """Tell the breaker how a call went: refused blocks were delivered, failed ones were not."""
-        failed = sum(outcome is Outcome.FAILED for outcome in report.outcomes) - len(report.refused)
+        del self._jobs[report.job.transfer.id]
+        self._finish(
+            route,
+            TransferResult(
+                transfer=report.job.transfer,
+                outcomes=report.outcomes,
+                is_finished=True,
+                refused=tuple(reason for _, reason in report.refused),
+                refused_keys=tuple(key for key, _ in report.refused),
+                duration_s=report.duration_s,
+                error=report.error,
+            ),
+        )
+        if report.job.is_late:
+            return  # the breaker was told when the deadline passed
+        failed = report.outcomes.count(Outcome.FAILED) - len(report.refused)  # refused ones were delivered
         if report.error or failed == len(report.outcomes):
             self._fail(route, now)
         else:
             route.breaker.succeed()
 
+    def _check_deadline(self, job: Job, now: float) -> None:
+        """A load's time runs from its submission, any other's from when a thread began it."""
+        route = self._routes[job.transfer.tier]
+        started = job.started
+        since = job.submitted if job.transfer.direction is Direction.LOAD else started
+        if since is None or now - since <= route.deadline_s:
+            return
+        why = f"no answer within {route.deadline_s:g} s"
+        waiting = route.lane.withdraw(lambda waiting: waiting is job)
+        if waiting:
+            self._shed(route, job, why)
+            return  # the tier was not asked: whoever keeps its threads busy is judged
+        job.is_late = True
+        route.counters.late_transfers += 1
+        outcomes = (Outcome.FAILED,) * len(job.transfer.keys)
+        self._ready.append(TransferResult(job.transfer, outcomes, is_finished=False, error=why))
+        if started is not None and now - started > route.deadline_s:
+            self._fail(route, now)
+
     def _fail(self, route: _Route, now: float) -> None:
         if route.breaker.fail(now):
             self._logger.warning("tier %r is %s", route.lane.name, _PAUSED)
-            self._give_back(route, route.lane.withdraw(lambda part: True), _PAUSED)
+            for job in route.lane.withdraw(lambda job: True):
+                self._shed(route, job, _PAUSED)
 
-    def _check_deadline(self, operation: _Operation, route: _Route, now: float) -> None:
-        """A load's time runs from its submission, another call's from when a thread began it."""
-        limit = now - route.deadline_s
-        if operation.transfer.direction is Direction.LOAD:
-            is_over = operation.submitted < limit
-        else:
-            is_over = any(part.started is not None and part.started < limit for part in operation.parts)
-        if not is_over:
-            return
-        operation.is_late = True
-        operation.error = f"no answer within {route.deadline_s:g} s"
-        route.counters.late_transfers += 1
-        waiting = route.lane.withdraw(lambda part: part.transfer_id == operation.transfer.id)
-        self._give_back(route, waiting, operation.error)
-        if operation.parts:
-            self._ready.append(operation.result())
-        self._fail(route, now)
-
-    def _withdraw_all(self, wanted: Callable[[Part], bool]) -> None:
+    def _withdraw(self, wanted: Callable[[Job], bool]) -> None:
         for route in self._routes.values():
-            self._give_back(route, route.lane.withdraw(wanted), _CLOSING)
+            for job in route.lane.withdraw(wanted):
+                self._shed(route, job, _CLOSING)
 
-    def _give_back(self, route: _Route, parts: Iterable[Part], why: str) -> None:
-        """Settle parts that no thread has begun."""
-        for part in parts:
-            operation = self._operations[part.transfer_id]
-            operation.shed_part(part, why)
-            if not operation.parts:
-                del self._operations[part.transfer_id]
-                self._finish(operation, route)
+    def _shed(self, route: _Route, job: Job, why: str) -> None:
+        """Finish a job that no thread has begun."""
+        self._jobs.pop(job.transfer.id, None)
+        is_store = job.transfer.direction is Direction.STORE
+        count = len(job.transfer.keys)
+        outcomes = (Outcome.NO_ROOM if is_store else Outcome.FAILED,) * count
+        if is_store:
+            route.counters.shed_stores += count
+            route.counters.no_room_stores -= count  # counted by ``_finish``, but not the tier's doing
+        self._finish(route, TransferResult(job.transfer, outcomes, is_finished=True, error=why))
 
-    def _finish(self, operation: _Operation, route: _Route) -> None:
-        result = operation.result()
+    def _finish(self, route: _Route, result: TransferResult) -> None:
         self._ready.append(result)
-        _count(route.counters, result, operation.shed, self._slot_bytes)
+        _count(route.counters, result, self._block_bytes)
 
 
 def _check(config: TierConfig) -> None:
@@ -306,21 +238,18 @@ def _check(config: TierConfig) -> None:
             raise ConfigError(f"tiers.{config.name}.{field}", f"found {value}, expected more than 0")
 
 
-def _part_rule(threads: int, slot_bytes: int) -> Callable[[int], int]:
-    least = max(1, _PART_BYTES // slot_bytes)
-    return lambda count: max(least, -(-count // threads))
-
-
-def _count(counters: TierCounters, result: TransferResult, shed: int, block_bytes: int) -> None:
-    done = result.outcomes.count(Outcome.OK)
-    failed = result.outcomes.count(Outcome.FAILED)
+def _count(counters: TierCounters, result: TransferResult, block_bytes: int) -> None:
+    done, failed, missing, no_room = (
+        result.outcomes.count(outcome)
+        for outcome in (Outcome.OK, Outcome.FAILED, Outcome.MISSING, Outcome.NO_ROOM)
+    )
     if result.transfer.direction is Direction.LOAD:
         counters.loaded_blocks += done
         counters.loaded_bytes += done * block_bytes
         counters.load_batches += 1
         counters.load_seconds += result.duration_s
         counters.failed_loads += failed
-        counters.missing_loads += result.outcomes.count(Outcome.MISSING)
+        counters.missing_loads += missing
         for reason in result.refused:
             counters.refused[reason] = counters.refused.get(reason, 0) + 1
     elif result.transfer.direction is Direction.STORE:
@@ -329,7 +258,6 @@ def _count(counters: TierCounters, result: TransferResult, shed: int, block_byte
         counters.store_batches += 1
         counters.store_seconds += result.duration_s
         counters.failed_stores += failed
-        counters.no_room_stores += result.outcomes.count(Outcome.NO_ROOM) - shed
-        counters.shed_stores += shed
+        counters.no_room_stores += no_room
     else:
         counters.deleted_blocks += done

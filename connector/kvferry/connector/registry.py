@@ -266,9 +266,9 @@ class _BuiltinPolicies:
     @staticmethod
     @hooks.hookimpl
     def kvferry_eviction_policies() -> dict[str, Callable[[], EvictionPolicy]]:
-        from kvferry.connector.policy import LRU, S3FIFO
+        from kvferry.connector.policy import POLICIES
 
-        return {"lru": LRU, "s3fifo": S3FIFO}
+        return dict(POLICIES)
 
 
 def _builtin_policies() -> object:
