@@ -1,0 +1,88 @@
+"""What the scheduler side asks the workers to copy, and what they report back.
+
+Plain values that travel over the engine's own channel, the same for every rank; each rank copies the
+shard it owns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvferry.connector.arena import ArenaHandle
+from kvferry.connector.layout import BlockLayout
+
+__all__ = ["BlockCopy", "LoadJob", "SaveJob", "StepJobs", "WorkerReport"]
+
+
+class BlockCopy(NamedTuple):
+    """One block between an arena slot and some pages."""
+
+    slot: int
+    generation: int
+    """The arena's generation of the slot for as long as the copy is allowed."""
+    first_page: int
+    """Which page of the block ``pages[0]`` is."""
+    pages: tuple[int, ...]
+
+
+class LoadJob(NamedTuple):
+    """Scatter leased slots into a request's pages. Succeeds or fails as a whole."""
+
+    request_id: str
+    copies: tuple[BlockCopy, ...]
+    """Empty when the load is already known to fail."""
+
+
+class SaveJob(NamedTuple):
+    """Gather a request's filled pages into reserved slots."""
+
+    id: int
+    request_id: str
+    copies: tuple[BlockCopy, ...]
+
+
+@dataclass
+class StepJobs:
+    """Everything for one engine step."""
+
+    arena: ArenaHandle | None = None
+    """None when there is no cache; then the rest is empty."""
+    layout: BlockLayout | None = None
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+    fences: list[int] = field(default_factory=list)
+    """Saves of earlier steps whose pages this step overwrites: wait for them first."""
+    releases: list[str] = field(default_factory=list)
+    """Finished requests whose pages wait for their saves: report them when those are through."""
+
+
+@dataclass
+class WorkerReport:
+    """What one rank, or after ``merge`` several, finished since the last report."""
+
+    saved: dict[int, int] = field(default_factory=dict)
+    """Save job -> number of ranks that are through with it, well or badly."""
+    failed_saves: set[int] = field(default_factory=set)
+    """Save jobs of which some rank's part is not usable."""
+    bytes_loaded: int = 0
+    bytes_saved: int = 0
+    load_seconds: float = 0.0
+    save_seconds: float = 0.0
+    problem: str = ""
+    """Why this rank can neither load nor save; empty when all is well."""
+
+    def is_empty(self) -> bool:
+        """Tell whether there is nothing to report."""
+        return not (self.saved or self.failed_saves or self.problem or self.bytes_loaded)
+
+    def merge(self, other: WorkerReport) -> None:
+        """Add another rank's report to this one."""
+        for job_id, ranks in other.saved.items():
+            self.saved[job_id] = self.saved.get(job_id, 0) + ranks
+        self.failed_saves |= other.failed_saves
+        self.bytes_loaded += other.bytes_loaded
+        self.bytes_saved += other.bytes_saved
+        self.load_seconds = max(self.load_seconds, other.load_seconds)
+        self.save_seconds = max(self.save_seconds, other.save_seconds)
+        self.problem = self.problem or other.problem

@@ -1,0 +1,241 @@
+"""The worker side: copies blocks between a rank's pages and the arena, beside the engine.
+
+Who owns what
+  * The engine's worker thread submits jobs and collects results; it waits only in ``fence``.
+  * One thread, ``kvferry-stager-<rank>``, copies, strictly in the order of submission. That order is
+    relied upon: a request's release comes after its saves, a load into reused pages after the save
+    that still reads them.
+  * A copy is good only if the slot's generation was the expected one before and after it; otherwise
+    the load is reported as failed and the engine recomputes, or the save is not committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.connector.arena import Arena, ArenaHandle
+from kvferry.connector.errors import KVFerryError
+from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
+
+__all__ = ["Stager", "StagerResults", "Staging"]
+
+logger = logging.getLogger(__name__)
+
+_FENCE_DEADLINE_S = 30.0
+_CLOSE_DEADLINE_S = 10.0
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Staging(Protocol):
+    """Copies one rank's shard of blocks between engine pages and slots.
+
+    ``mark`` is called on the engine's thread, everything else on the stager's.
+    """
+
+    def mark(self) -> object:
+        """Return a point in the engine's work that copies submitted now must come after."""
+
+    def wait(self, mark: object) -> None:
+        """Wait until the engine's work has passed ``mark``."""
+
+    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
+        """Copy a block's pages into the shard's bytes of a slot."""
+
+    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
+        """Copy pages ``first_page`` and following of a block out of a slot."""
+
+    def finish(self) -> None:
+        """Wait until all copies so far are complete and visible to everybody."""
+
+
+class _Submitted(NamedTuple):
+    job: LoadJob | SaveJob | str
+    """A load, a save, or the id of a request to release."""
+    mark: object
+
+
+class StagerResults(NamedTuple):
+    """What was finished since the last collection."""
+
+    released: set[str]
+    loaded: set[str]
+    """Requests whose load is over, including the failed ones."""
+    failed_loads: set[str]
+    report: WorkerReport
+
+
+class Stager:
+    """Carries out a rank's jobs on a thread of its own.
+
+    Args:
+        staging: Copies between this rank's pages and slots.
+        layout: The block geometry this rank derived; the scheduler's must be the same.
+        shard: The rank's part of every block. A rank that only holds a replica loads but does not
+            save.
+    """
+
+    def __init__(self, staging: Staging, layout: BlockLayout, shard: Shard) -> None:
+        self._staging = staging
+        self._layout = layout
+        self._shard = shard
+        self._arena: Arena | None = None
+        self._problem = ""
+        self._queue: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
+        self._state = threading.Condition()
+        self._open_saves: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._results = StagerResults(set(), set(), set(), WorkerReport())
+        self._thread = threading.Thread(target=self._run, name=f"kvferry-stager-{shard.rank}", daemon=True)
+        self._thread.start()
+
+    def fence(self, job_ids: Iterable[int]) -> None:
+        """Wait until the given saves no longer read their pages.
+
+        A save that does not end within the deadline is given up: it will be reported as failed.
+        """
+        waited_for = set(job_ids)
+        if not waited_for:
+            return
+        with self._state:
+            if not self._state.wait_for(lambda: not waited_for & self._open_saves, _FENCE_DEADLINE_S):
+                late = waited_for & self._open_saves
+                self._cancelled |= late
+                logger.error("gave up %d saves whose pages are needed again", len(late))
+
+    def submit_loads(self, jobs: StepJobs) -> None:
+        """Queue the step's loads. Never blocks on copies."""
+        if jobs.arena is not None:
+            self._attach(jobs.arena, jobs.layout)
+        mark = self._mark() if jobs.loads else None
+        for load in jobs.loads:
+            self._queue.put(_Submitted(load, mark))
+
+    def submit_saves(self, jobs: StepJobs) -> None:
+        """Queue the step's saves and releases. Never blocks on copies."""
+        mark = self._mark() if jobs.saves else None
+        with self._state:
+            self._open_saves.update(save.id for save in jobs.saves)
+        for save in jobs.saves:
+            self._queue.put(_Submitted(save, mark))
+        for request_id in jobs.releases:
+            self._queue.put(_Submitted(request_id, None))
+
+    def take_results(self) -> StagerResults:
+        """Return and forget what was finished since the last call."""
+        with self._state:
+            results = self._results
+            self._results = StagerResults(set(), set(), set(), WorkerReport(problem=self._problem))
+        return results
+
+    def disable(self, problem: str) -> None:
+        """Fail every job from now on and report why."""
+        with self._state:
+            self._problem = self._problem or problem
+            self._results.report.problem = self._problem
+
+    def close(self) -> None:
+        """Stop the thread and unmap the arena. Idempotent."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_DEADLINE_S)
+        if self._thread.is_alive():
+            logger.error("%s did not stop within %g s", self._thread.name, _CLOSE_DEADLINE_S)
+            return
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+    def _attach(self, handle: ArenaHandle, layout: BlockLayout | None) -> None:
+        if self._arena is not None or self._problem:
+            return
+        if layout != self._layout:
+            self.disable(f"rank {self._shard.rank} derived {self._layout}, the scheduler {layout}")
+            return
+        try:
+            self._arena = Arena.attach(handle)
+        except KVFerryError as error:
+            self.disable(f"rank {self._shard.rank} cannot map the arena: {error}")
+
+    def _mark(self) -> object:
+        try:
+            return self._staging.mark()
+        except Exception as error:  # boundary: the jobs must still be queued and reported
+            self.disable(f"rank {self._shard.rank} cannot follow the engine's work: {error!r}")
+            return None
+
+    def _run(self) -> None:
+        while (submitted := self._queue.get()) is not None:
+            job = submitted.job
+            if isinstance(job, str):
+                with self._state:
+                    self._results.released.add(job)
+                continue
+            started = time.perf_counter()
+            is_good = self._copy(job, submitted.mark)
+            seconds = time.perf_counter() - started
+            if isinstance(job, LoadJob):
+                self._loaded(job, is_good, seconds)
+            else:
+                self._saved(job, is_good, seconds)
+
+    def _copy(self, job: LoadJob | SaveJob, mark: object) -> bool:
+        if isinstance(job, SaveJob) and not self._shard.is_writer:
+            return True
+        if self._arena is None or self._problem or not job.copies:
+            return False
+        try:
+            self._staging.wait(mark)
+            is_good = all(self._copy_block(self._arena, job, copy) for copy in job.copies)
+            self._staging.finish()
+            return is_good and all(
+                self._arena.generation(copy.slot) == copy.generation for copy in job.copies
+            )
+        except Exception as error:  # boundary: the thread must live to report the job
+            logger.exception("rank %d could not copy", self._shard.rank)
+            self.disable(f"rank {self._shard.rank} could not copy between pages and arena: {error!r}")
+            return False
+
+    def _copy_block(self, arena: Arena, job: LoadJob | SaveJob, copy: BlockCopy) -> bool:
+        if arena.generation(copy.slot) != copy.generation:
+            return False
+        slot = arena.slots_array[copy.slot]
+        if isinstance(job, LoadJob):
+            self._staging.scatter(slot, copy.pages, copy.first_page)
+        else:
+            self._staging.gather(copy.pages, slot)
+        return True
+
+    def _shard_bytes(self, job: LoadJob | SaveJob) -> int:
+        share = self._layout.payload_bytes * self._shard.num_heads // self._layout.num_kv_heads
+        return share * len(job.copies)
+
+    def _loaded(self, job: LoadJob, is_good: bool, seconds: float) -> None:
+        with self._state:
+            self._results.loaded.add(job.request_id)
+            if is_good:
+                self._results.report.bytes_loaded += self._shard_bytes(job)
+                self._results.report.load_seconds += seconds
+            else:
+                self._results.failed_loads.add(job.request_id)
+
+    def _saved(self, job: SaveJob, is_good: bool, seconds: float) -> None:
+        with self._state:
+            report = self._results.report
+            report.saved[job.id] = 1
+            if is_good and job.id not in self._cancelled:
+                report.bytes_saved += self._shard_bytes(job) if self._shard.is_writer else 0
+                report.save_seconds += seconds
+            else:
+                report.failed_saves.add(job.id)
+            self._cancelled.discard(job.id)
+            self._open_saves.discard(job.id)
+            self._state.notify_all()

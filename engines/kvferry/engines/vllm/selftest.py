@@ -1,0 +1,85 @@
+"""The start-up round trip: known bytes through the engine's real page tensors and back.
+
+If kvferry's idea of the page layout were wrong in any way, every hit would feed the model wrong
+bytes without a word. So each worker proves it before the first request: pattern in through the
+engine's own logical view, gather, compare with the canonical block built independently, poison, scatter,
+compare with the pattern.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvferry.connector.errors import LayoutError
+from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.engines.stager import Staging
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["round_trip"]
+
+
+def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout, shard: Shard) -> None:
+    """Prove that a block survives pages -> slot -> pages, and lies in the slot in canonical order.
+
+    Uses the last pages of the cache and restores them. Call before the engine serves requests.
+
+    Args:
+        staging: What will move this rank's blocks.
+        layers: Each layer's cache ``[pages, heads, tokens, content]``, in model order.
+        block: The canonical block.
+        shard: This rank's part of it.
+
+    Raises:
+        LayoutError: Naming the first layer whose bytes differ.
+    """
+    import torch
+
+    views = [layer.view(torch.uint8) for layer in layers]
+    page_tokens = views[0].shape[2]
+    count = block.block_tokens // page_tokens
+    pages = list(range(views[0].shape[0] - count, views[0].shape[0]))
+    if pages[0] < 0:
+        raise LayoutError(f"the KV cache has {views[0].shape[0]} pages, one block alone needs {count}")
+    saved = [view[pages[0] :].clone() for view in views]
+    generator = torch.Generator().manual_seed(0x6B76)
+    patterns = [torch.randint(0, 256, kept.shape, dtype=torch.uint8, generator=generator) for kept in saved]
+    slot = np.full(block.slot_bytes, 0x5A, dtype=np.uint8)
+    try:
+        _write(views, pages[0], patterns)
+        staging.wait(staging.mark())
+        staging.gather(pages, slot)
+        staging.finish()
+        _compare_slot(slot, patterns, block, shard)
+        _write(views, pages[0], [torch.full_like(pattern, 0xA5) for pattern in patterns])
+        staging.wait(staging.mark())
+        staging.scatter(slot, pages)
+        staging.finish()
+        for index, (view, pattern) in enumerate(zip(views, patterns, strict=True)):
+            if not torch.equal(view[pages[0] :].cpu(), pattern):
+                raise LayoutError(f"layer {index} does not get its bytes back from a block")
+    finally:
+        _write(views, pages[0], saved)
+
+
+def _write(views: list[torch.Tensor], first_page: int, contents: list[torch.Tensor]) -> None:
+    for view, content in zip(views, contents, strict=True):
+        view[first_page:].copy_(content)
+
+
+def _compare_slot(slot: np.ndarray, patterns: list[torch.Tensor], block: BlockLayout, shard: Shard) -> None:
+    head_bytes = block.num_layers * block.run_bytes
+    start = shard.first_head * head_bytes
+    own = slot[start : start + shard.num_heads * head_bytes]
+    found = own.reshape(shard.num_heads, block.num_layers, block.block_tokens, block.token_bytes)
+    for index, pattern in enumerate(patterns):
+        # [pages, heads, tokens, content] -> [heads, tokens of the block, content]
+        canonical = pattern.permute(1, 0, 2, 3).reshape(shard.num_heads, block.block_tokens, -1).numpy()
+        if not np.array_equal(found[:, index], canonical):
+            raise LayoutError(f"layer {index} lies in a block in an order that kvferry does not expect")
+    outside = np.concatenate((slot[:start], slot[start + own.size :]))
+    if not (outside == 0x5A).all():
+        raise LayoutError("a gather wrote outside its rank's shard")

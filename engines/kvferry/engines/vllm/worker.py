@@ -1,0 +1,146 @@
+"""The worker half: this rank's pages, the start-up self-test, and the stager that copies.
+
+Owned by vLLM's worker thread; ``connector`` calls it and catches what it raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvferry.connector.errors import KVFerryError
+from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.connector.settings import Settings
+from kvferry.connector.staging import HostStaging
+from kvferry.engines.jobs import StepJobs, WorkerReport
+from kvferry.engines.stager import Bytes, Stager, StagerResults, Staging
+from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
+from kvferry.engines.vllm.selftest import round_trip
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["WorkerSide"]
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """What the connector does in one of vLLM's worker processes.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        kv_cache_config: vLLM's KV cache plan, of one attention group.
+        settings: kvferry's effective configuration.
+        tp_rank: This worker's tensor-parallel rank.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, tp_rank: int
+    ) -> None:
+        self._kv_cache_config = kv_cache_config
+        self._config = settings.config
+        self._layout = block_layout(vllm_config, kv_cache_config, settings.config.block_tokens)
+        self._shard = self._layout.shard(tp_rank, vllm_config.parallel_config.tensor_parallel_size)
+        self._stager: Stager | None = None
+        self._problem = ""
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take this rank's pages and prove that blocks survive the way through them."""
+        layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
+        try:
+            staging = _staging(layers, self._kv_cache_config.num_blocks, self._layout, self._shard)
+            if self._config.self_test:
+                round_trip(staging.kernel_pages, layers, self._layout, self._shard)
+        except KVFerryError as error:
+            self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
+            logger.error("kvferry is off on %s", self._problem)
+            return
+        self._stager = Stager(staging, self._layout, self._shard)
+
+    def fence(self, jobs: StepJobs) -> None:
+        """Wait for the saves whose pages this step overwrites."""
+        if self._stager is not None:
+            self._stager.fence(jobs.fences)
+
+    def submit_loads(self, jobs: StepJobs) -> None:
+        """Queue the step's loads; without a stager they fail at once."""
+        if self._stager is not None:
+            self._stager.submit_loads(jobs)
+
+    def submit_saves(self, jobs: StepJobs) -> None:
+        """Queue the step's saves and releases."""
+        if self._stager is not None:
+            self._stager.submit_saves(jobs)
+
+    def take_results(self, jobs: StepJobs) -> StagerResults:
+        """Return what was finished; ``jobs`` are this step's, answered at once when nothing works."""
+        if self._stager is not None:
+            return self._stager.take_results()
+        return _all_failed(jobs, self._problem or "the KV cache was never registered")
+
+    def close(self) -> None:
+        """Stop the stager."""
+        if self._stager is not None:
+            self._stager.close()
+
+
+class _ManagerPages:
+    """Stages by vLLM's page ids where the kernel splits each page into several smaller ones."""
+
+    def __init__(self, kernel_pages: Staging, ratio: int) -> None:
+        self.kernel_pages = kernel_pages
+        self._ratio = ratio
+
+    def mark(self) -> object:
+        return self.kernel_pages.mark()
+
+    def wait(self, mark: object) -> None:
+        self.kernel_pages.wait(mark)
+
+    def finish(self) -> None:
+        self.kernel_pages.finish()
+
+    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
+        self.kernel_pages.gather(self._split(page_ids), slot)
+
+    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
+        self.kernel_pages.scatter(slot, self._split(page_ids), first_page * self._ratio)
+
+    def _split(self, page_ids: Sequence[int]) -> Sequence[int]:
+        if self._ratio == 1:
+            return page_ids
+        return [page * self._ratio + part for page in page_ids for part in range(self._ratio)]
+
+
+class _HostPages(HostStaging):
+    """CPU pages: the forward pass is over when vLLM calls, and copies are complete when they return."""
+
+    def mark(self) -> object:
+        return None
+
+    def wait(self, mark: object) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def _staging(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard) -> _ManagerPages:
+    layout = page_layout(layers, block)
+    ratio = layout.num_pages // num_pages
+    if layers[0].device.type == "cpu":
+        return _ManagerPages(_HostPages(pages_array(layers[0]), layout, block, shard), ratio)
+    from kvferry.engines.vllm.device import DevicePages
+
+    return _ManagerPages(DevicePages(layers, layout, block, shard), ratio)
+
+
+def _all_failed(jobs: StepJobs, problem: str) -> StagerResults:
+    loads = {load.request_id for load in jobs.loads}
+    saves = [save.id for save in jobs.saves]
+    report = WorkerReport(saved=dict.fromkeys(saves, 1), failed_saves=set(saves), problem=problem)
+    return StagerResults(set(jobs.releases), loads, set(loads), report)
