@@ -1,0 +1,231 @@
+"""The documentation covers what the code offers, and its examples are valid.
+
+Each test reads the code and compares; nothing here is a list to keep in step by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+
+from kvferry.connector import config, errors, frame, hooks, metrics
+from kvferry.connector.keys import BlockKey
+from kvferry.connector.layout import BlockLayout
+from kvferry.connector.service import MissReason
+from kvferry.connector.settings import load_settings, split_tier, typed_options
+from kvferry.connector.tier import Capabilities, Frame, Outcome, Tier, TierContext, TierType
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def built(page: str) -> str:
+    """A reference page with its generated parts filled in, as the site shows it."""
+    text: str = load_module(DOCS / "mkdocs_hooks.py").on_page_markdown(
+        (DOCS / "reference" / page).read_text()
+    )
+    assert "<!-- generated" not in text
+    return text
+
+
+def code_blocks(language: str) -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for body in re.findall(
+            rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL
+        ):
+            yield page.relative_to(REPOSITORY).as_posix(), body
+
+
+def plugin_tier_types() -> list[TierType]:
+    """The tier types of the plugins that kvferry ships."""
+    folder = REPOSITORY / "plugins" / "kvferry" / "plugins"
+    modules = [
+        importlib.import_module(f"kvferry.plugins.{path.parent.name}")
+        for path in folder.glob("*/__init__.py")
+    ]
+    found = [tier_type for module in modules for tier_type in module.kvferry_tier_types()]
+    assert found
+    return found
+
+
+HOOKS = [name for name, value in vars(hooks).items() if hasattr(value, f"{hooks.PROJECT}_spec")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_has_a_heading_and_its_signature(hook: str) -> None:
+    assert f"\n### {hook}\n" in (DOCS / "reference" / "hooks.md").read_text()
+    parameters = ", ".join(inspect.signature(getattr(hooks, hook)).parameters)
+    page = built("hooks.md")
+    signature = re.search(rf"def {hook}\((.*?)\)", page)
+    assert signature is not None
+    assert re.sub(r": \w+(\[\w+\])?", "", signature[1]) == parameters
+
+
+def test_there_are_hooks() -> None:
+    assert len(HOOKS) >= 5
+
+
+@pytest.mark.parametrize(
+    "struct", [config.Config, config.HostConfig, config.ExplainConfig, config.TierConfig, *(
+        tier_type.options for tier_type in plugin_tier_types()
+    )]
+)  # fmt: skip
+def test_every_configuration_key_is_documented(struct: type[msgspec.Struct]) -> None:
+    page = built("configuration.md")
+    for field in msgspec.structs.fields(struct):
+        is_section = isinstance(field.default, msgspec.Struct)
+        assert (f"\n## {field.name}\n" if is_section else f"| `{field.name}` |") in page
+
+
+@pytest.mark.parametrize("tier_type", plugin_tier_types(), ids=lambda tier_type: tier_type.name)
+def test_every_tier_type_has_a_section(tier_type: TierType) -> None:
+    assert f"\n## The {tier_type.name} tier\n" in (DOCS / "reference" / "configuration.md").read_text()
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS, ids=lambda metric: metric.name)
+def test_every_metric_is_documented(metric: metrics.Metric) -> None:
+    assert f"| `{metric.name}` |" in built("metrics.md")
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if inspect.isclass(getattr(errors, name))])
+def test_every_error_is_documented(name: str) -> None:
+    assert (
+        f"| [`{name}`](#kvferry.connector.errors.{name}) |" in (DOCS / "reference" / "errors.md").read_text()
+    )
+    assert getattr(errors, name).__doc__
+
+
+@pytest.mark.parametrize("reason", [reason.value for reason in MissReason if reason is not MissReason.NONE])
+def test_every_reason_for_a_miss_says_what_to_do(reason: str) -> None:
+    assert f"| `{reason}` |" in (DOCS / "how-to" / "debug-a-miss.md").read_text()
+
+
+def test_every_reason_for_refusing_a_frame_is_in_the_format() -> None:
+    page = (DOCS / "reference" / "frame-format.md").read_text()
+    reasons = set(re.findall(r'\("(\w+)", [^)]*==', inspect.getsource(frame.FrameSeal.verify)))
+    assert {"magic", "key", "fingerprint", "length"} <= reasons
+    assert [reason for reason in reasons | {"checksum", "mac"} if f"`{reason}`" not in page] == []
+    assert f"{frame.HEADER_BYTES} bytes of header" in page
+    assert f"This page describes version {frame.FRAME_VERSION}." in page
+
+
+def test_every_decision_is_listed() -> None:
+    listed = (DOCS / "adr" / "index.md").read_text()
+    pages = sorted((DOCS / "adr").glob("0*.md"))
+    assert pages
+    assert [page.name for page in pages if f"]({page.name})" not in listed] == []
+
+
+def configurations() -> Iterator[tuple[str, dict[str, object]]]:
+    """Every configuration in the documentation: connector flags, JSON fragments, TOML files."""
+    for page, body in code_blocks("bash"):
+        for flag in re.findall(r"--kv-transfer-config '(.*?)'", body, flags=re.DOTALL):
+            yield page, json.loads(flag)["kv_connector_extra_config"]
+    for page, body in code_blocks("json"):
+        yield page, json.loads(body)
+    for page, body in code_blocks("toml"):
+        if "[project" not in body:
+            yield page, tomllib.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("page", "values"), list(configurations()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_configuration_in_the_docs_is_valid(page: str, values: dict[str, object]) -> None:
+    known = {tier_type.name: tier_type for tier_type in plugin_tier_types()}
+    for tier in load_settings(values).config.tiers:
+        own, options = split_tier(tier)
+        if own.type in known:
+            typed_options(known[own.type], options, "tier")
+        else:
+            assert page == "docs/how-to/write-a-tier-plugin.md"
+
+
+def test_every_flag_is_complete() -> None:
+    flags = [
+        json.loads(flag)
+        for _, body in code_blocks("bash")
+        for flag in re.findall(r"--kv-transfer-config '(.*?)'", body, flags=re.DOTALL)
+    ]
+    assert len(flags) >= 2
+    for flag in flags:
+        assert flag["kv_connector"] == "KVFerryConnector"
+        assert flag["kv_connector_module_path"] == "kvferry.engines.vllm"
+        assert flag["kv_role"] == "kv_both"
+        assert flag["kv_load_failure_policy"] == "recompute"
+
+
+@pytest.mark.parametrize(
+    ("page", "body"), list(code_blocks("python")), ids=lambda value: value if value.endswith(".md") else ""
+)
+def test_every_python_example_compiles(page: str, body: str) -> None:
+    compile(body, page, "exec")
+
+
+@pytest.fixture
+def tutorial_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
+    """The tier of the how-to page, built the way kvferry builds one."""
+    (body,) = [body for page, body in code_blocks("python") if page.endswith("write-a-tier-plugin.md")]
+    path = tmp_path / "my_tier.py"
+    path.write_text(body)
+    module = load_module(path)
+    monkeypatch.setitem(sys.modules, "my_tier", module)
+    (tier_type,) = module.kvferry_tier_types()
+    layout = BlockLayout(num_layers=2, num_kv_heads=2, block_tokens=64, head_dim=16, itemsize=2)
+    context = TierContext(
+        name="files",
+        layout=layout,
+        fingerprint=bytes(32),
+        instance="",
+        on_removed=lambda keys: None,
+        make_eviction_policy=lambda name: None,
+        logger=logging.getLogger("test"),
+    )
+    options = typed_options(tier_type, {"path": str(tmp_path / "blocks")}, "tiers[0]")
+    tier: Tier = tier_type.create(options, context)
+    return tier
+
+
+def test_the_tier_of_the_how_to_works(tutorial_tier: Tier) -> None:
+    key, other = BlockKey(os.urandom(32)), BlockKey(os.urandom(32))
+    stored = Frame(key, memoryview(os.urandom(frame.HEADER_BYTES)), memoryview(os.urandom(32768)))
+    assert isinstance(tutorial_tier, Tier)
+    assert tutorial_tier.capabilities == Capabilities(is_persistent=True, is_shared=True, is_bounded=False)
+    assert tutorial_tier.store([stored, stored]) == [Outcome.OK, Outcome.OK]
+    assert tutorial_tier.contains([key, other]) == [True, False]
+
+    loaded = [
+        Frame(name, memoryview(bytearray(frame.HEADER_BYTES)), memoryview(bytearray(32768)))
+        for name in (key, other)
+    ]
+    assert tutorial_tier.load(loaded) == [Outcome.OK, Outcome.MISSING]
+    assert (loaded[0].header, loaded[0].payload) == (stored.header, stored.payload)
+    assert list(tutorial_tier.scan()) == [key]
+    assert tutorial_tier.stats().blocks == 1
+
+    tutorial_tier.delete([key, other])
+    assert list(tutorial_tier.scan()) == []
+    tutorial_tier.close()
