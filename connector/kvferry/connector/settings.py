@@ -18,7 +18,8 @@ import msgspec
 
 from kvferry.connector.config import Config, TierConfig
 from kvferry.connector.errors import ConfigError
-from kvferry.connector.schema import decode, is_secret, struct_of, unknown_key
+from kvferry.connector.memory import format_bytes
+from kvferry.connector.schema import decode, is_secret, is_size, struct_of, unknown_key
 from kvferry.connector.tier import TierType
 
 __all__ = ["Setting", "Settings", "effective", "load_settings", "split_tier", "typed_options"]
@@ -53,7 +54,7 @@ class Setting(NamedTuple):
 
     path: str
     value: str
-    """JSON; masked where it is secret."""
+    """JSON, sizes also for people; masked where it is secret."""
     origin: str
 
 
@@ -250,8 +251,11 @@ def _put(values: dict[str, object], path: str, value: object) -> None:
 
 
 def _shown(path: str, value: object) -> str:
-    if is_secret(path.rpartition(".")[2]):
+    name = path.rpartition(".")[2]
+    if is_secret(name):
         return MASK if value else '""'
+    if is_size(name) and isinstance(value, int):
+        return f"{value} ({format_bytes(value)})"
     return json.dumps(_masked(value))
 
 
