@@ -168,7 +168,7 @@ class Stager:
     def _mark(self) -> object:
         try:
             return self._staging.mark()
-        except Exception as error:  # boundary: the jobs must still be queued and reported
+        except Exception as error:  # noqa: BLE001  # boundary: the jobs must still be queued and reported
             self.disable(f"rank {self._shard.rank} cannot follow the engine's work: {error!r}")
             return None
 
