@@ -130,10 +130,15 @@ class Mover:
 
     def counters(self) -> dict[str, TierCounters]:
         """Return a copy of each tier's totals."""
-        for route in self._routes.values():
-            route.counters.queued_blocks = route.lane.queued_blocks
-            route.counters.breaker = route.breaker.state.value
-        return {name: msgspec.structs.replace(route.counters) for name, route in self._routes.items()}
+        return {
+            name: msgspec.structs.replace(
+                route.counters,
+                refused=dict(route.counters.refused),
+                queued_blocks=route.lane.queued_blocks,
+                breaker=route.breaker.state.value,
+            )
+            for name, route in self._routes.items()
+        }
 
     def close(self, deadline_s: float) -> list[TransferResult]:
         """Drain stores for at most ``deadline_s`` seconds, end the threads, return the last results.
