@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
@@ -77,7 +78,7 @@ def capacity_for(blocks: int) -> int:
         options = DiskOptions(path="/", capacity=middle)
         try:
             fits = plan_geometry("disk", options, LAYOUT).record_count >= blocks
-        except Exception:
+        except ConfigError:
             fits = False
         low, high = (low, middle) if fits else (middle, high)
     return high

@@ -73,6 +73,8 @@ class Index:
         self._next_sequence = 0
         if path.exists():
             self._check()
+        else:
+            self._create()
         self._env = self._open(path)
         self._preallocate()
 
@@ -156,6 +158,14 @@ class Index:
         with self._lock:
             self._env.sync(True)
             self._env.close()
+
+    def _create(self) -> None:
+        """Make an empty index under another name first: a kill must not leave half of one."""
+        fresh = self._path.with_suffix(".new")
+        environment = self._open(fresh)
+        environment.sync(True)
+        environment.close()
+        os.replace(fresh, self._path)
 
     def _open(self, path: Path) -> lmdb.Environment:
         try:

@@ -89,7 +89,7 @@ def plan_geometry(name: str, options: DiskOptions, layout: BlockLayout) -> Geome
         excess = _total_bytes(count, record_bytes, fixed_bytes) - options.capacity
         count -= max(1, excess // (2 * record_bytes))
     if count < _MIN_RECORDS:
-        needed = _total_bytes(_MIN_RECORDS, record_bytes, _FIXED_BYTES) * 65 // 64
+        needed = _total_bytes(_MIN_RECORDS, record_bytes, _FIXED_BYTES) * 64 // 63 + 1
         raise ConfigError(
             f"tiers.{name}.capacity",
             f"{options.capacity} bytes hold fewer than {_MIN_RECORDS} blocks of {layout.slot_bytes} bytes",

@@ -35,6 +35,8 @@ __all__ = ["DiskTier"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _GROW_AGAIN_S = 30.0
+_EVICT_AHEAD = 256
+"""One part in so many of the records is evicted ahead, to share the eviction's transaction."""
 _OTHER_STORE_S = 30.0
 _CLOSE_S = 30.0
 
@@ -230,9 +232,10 @@ class DiskTier:
             return True
 
     def _evict(self, count: int, keys: Sequence[BlockKey]) -> None:
-        """Evict up to ``count`` blocks and give their records to the announced ``keys``."""
+        """Evict ``count`` blocks, and a few ahead, and give their records to the announced ``keys``."""
+        ahead = self._geometry.record_count // _EVICT_AHEAD
         with self._lock:
-            victims = self._records.evict(count)
+            victims = self._records.evict(min(count + ahead, INDEX_BATCH))
         if not victims:
             return
         self._update_index(removed=victims)
