@@ -16,14 +16,23 @@ Pure functions and plain values; a ``KeyChain`` is owned by one thread.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NewType
 
 import msgspec
-import numpy as np
 from blake3 import blake3
 
-__all__ = ["FORMAT_VERSION", "KEY_BYTES", "BlockKey", "Extra", "KeyChain", "ModelIdentity", "Scope", "root_key"]
+__all__ = [
+    "FORMAT_VERSION",
+    "KEY_BYTES",
+    "BlockKey",
+    "Extra",
+    "KeyChain",
+    "ModelIdentity",
+    "Scope",
+    "root_key",
+]
 
 BlockKey = NewType("BlockKey", bytes)
 """32 bytes that name one block."""
@@ -35,12 +44,15 @@ FORMAT_VERSION = 1
 _DOMAIN = b"kvferry/1"
 
 
+def _length(count: int) -> bytes:
+    return count.to_bytes(8, "little")
+
+
 def _digest(fields: Iterable[bytes]) -> bytes:
-    hasher = blake3(_DOMAIN)
+    parts = [_DOMAIN]
     for field in fields:
-        hasher.update(len(field).to_bytes(8, "little"))
-        hasher.update(field)
-    return hasher.digest()
+        parts += (_length(len(field)), field)
+    return blake3(b"".join(parts)).digest()
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,11 +116,16 @@ def root_key(fingerprint: bytes, scope: Scope) -> BlockKey:
     return BlockKey(_digest(fields))
 
 
-def _block_key(parent: BlockKey, tokens: bytes, extras: Sequence[Extra]) -> BlockKey:
-    fields = [b"block", parent, tokens]
+_BLOCK_START = _DOMAIN + _length(5) + b"block" + _length(KEY_BYTES)
+"""All that is hashed before a block's parent; the same for every block, so it is composed once."""
+
+
+def _extra_fields(extras: Sequence[Extra]) -> bytes:
+    parts: list[bytes] = []
     for extra in extras:
-        fields += [extra.kind.encode(), extra.offset.to_bytes(8, "little", signed=True), extra.digest]
-    return BlockKey(_digest(fields))
+        for field in (extra.kind.encode(), extra.offset.to_bytes(8, "little", signed=True), extra.digest):
+            parts += (_length(len(field)), field)
+    return b"".join(parts)
 
 
 class KeyChain:
@@ -148,11 +165,13 @@ class KeyChain:
         full = len(tokens) // self._block_tokens
         if full > done:
             size = self._block_tokens
-            packed = np.asarray(tokens[done * size : full * size], dtype="<u4").tobytes()
+            packed = struct.pack(f"<{(full - done) * size}I", *tokens[done * size : full * size])
+            length = _length(size * 4)
             parent = self._keys[-1] if self._keys else self._root
             for index in range(done, full):
                 start = (index - done) * size * 4
-                of_block = extras.get(index, ()) if extras else ()
-                parent = _block_key(parent, packed[start : start + size * 4], of_block)
+                block = packed[start : start + size * 4]
+                rest = _extra_fields(extras.get(index, ())) if extras else b""
+                parent = BlockKey(blake3(b"".join((_BLOCK_START, parent, length, block, rest))).digest())
                 self._keys.append(parent)
         return self._keys[:full] if full < len(self._keys) else self._keys
