@@ -64,10 +64,7 @@ def examine(settings: Settings, registry: PluginRegistry, environ: Mapping[str, 
     yield from _uncached(config)
     yield from _secret_files(settings)
     yield from registry.doctor_findings()
-    for report in registry.reports():
-        if report.error:
-            is_wanted = report.origin == "configuration"
-            yield Finding("error" if is_wanted else "warn", "plugins", report.error, "update or uninstall it")
+    yield from _plugins(registry)
 
 
 def _system() -> Iterator[Finding]:
@@ -236,6 +233,17 @@ def _probe_direct_io(directory: Path) -> bool:
         raise
     finally:
         probe.unlink()
+
+
+def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
+    """Look at the plugins last: asking them for findings may have shown that they are broken."""
+    reports = registry.reports()
+    working = [f"{report.name} {report.version}".strip() for report in reports if not report.error]
+    yield Finding("ok", "plugins", ", ".join(working) or "none")
+    for report in reports:
+        if report.error:
+            is_wanted = report.origin == "configuration"
+            yield Finding("error" if is_wanted else "warn", "plugins", report.error, "update or uninstall it")
 
 
 def _records(explain: ExplainConfig, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import SLOT_ALIGNMENT_BYTES, BlockLayout
+from kvferry.connector.manager import ManagerOptions
 from kvferry.connector.memory import format_bytes
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import typed_options
@@ -38,8 +39,8 @@ __all__ = ["DISK"]
 GOAL = Goal(0.8, at_least=True)
 FINGERPRINT = bytes(32)
 THREADS = TierConfig(type="disk").threads
-CALL_BYTES = 4 * MIB
-"""What the mover gives a tier in one call."""
+CALL_BLOCKS = ManagerOptions().batch_blocks
+"""What a tier is given in one call: a transfer."""
 FILLS = 4
 """Room of both sides, in batches."""
 
@@ -96,10 +97,9 @@ class _Side:
     def __init__(self, arena: Arena, threads: ThreadPoolExecutor) -> None:
         self.slots = [arena.slot(index) for index in range(arena.handle.num_slots)]
         self._threads = threads
-        per_call = max(1, CALL_BYTES // arena.handle.slot_bytes)
         self._calls = [
-            range(first, min(first + per_call, len(self.slots)))
-            for first in range(0, len(self.slots), per_call)
+            range(first, min(first + CALL_BLOCKS, len(self.slots)))
+            for first in range(0, len(self.slots), CALL_BLOCKS)
         ]
 
     def everywhere(self, work: Callable[[range], None]) -> None:
