@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import click
 import msgspec
 import pytest
 
 from kvferry.connector import config, errors, frame, hooks, metrics
+from kvferry.connector.cli import main
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.service import MissReason
@@ -130,6 +132,18 @@ def test_every_reason_for_refusing_a_frame_is_in_the_format() -> None:
     assert [reason for reason in reasons | {"checksum", "mac"} if f"`{reason}`" not in page] == []
     assert f"{frame.HEADER_BYTES} bytes of header" in page
     assert f"This page describes version {frame.FRAME_VERSION}." in page
+
+
+def test_every_command_in_the_docs_exists() -> None:
+    context = click.Context(main)
+    mentioned = {name for page in PAGES for name in re.findall(r"`kvferry ([a-z]+)", page.read_text())}
+    mentioned |= {
+        name
+        for _, body in code_blocks("bash")
+        for name in re.findall(r"^kvferry ([a-z]+)", body, re.MULTILINE)
+    }
+    assert {"doctor", "explain", "plugins", "bench", "demo"} <= mentioned
+    assert mentioned - set(main.list_commands(context)) == set()
 
 
 def test_every_decision_is_listed() -> None:
