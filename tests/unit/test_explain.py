@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvferry.connector import rotation
-from kvferry.connector.cli.explain import story, summary
+from kvferry.connector.cli.explain import REASONS, story, summary
 from kvferry.connector.config import ExplainConfig
 from kvferry.connector.explain import (
     MAX_ENGINES,
@@ -23,6 +23,7 @@ from kvferry.connector.explain import (
     read_records,
 )
 from kvferry.connector.rotation import RotatedFile, file_name, prune
+from kvferry.connector.service import MissReason
 
 MIB = 1 << 20
 
@@ -307,3 +308,7 @@ def test_the_summary_counts_reasons() -> None:
     assert "3 requests: 1 partial, 1 miss, 1 passed" in text
     assert "2  evicted" in text
     assert "1  prompt embeddings" in text
+
+
+def test_every_reason_for_a_miss_has_its_words() -> None:
+    assert set(REASONS) == {reason.value for reason in MissReason} - {"none"}

@@ -37,7 +37,8 @@ __all__ = [
 
 MAX_ENGINES = 16
 _QUEUED_RECORDS = 4096
-_BATCH_RECORDS = 512
+_BATCH_RECORDS = 64
+"""Records encoded before the interpreter lock is let go of for writing them."""
 _PAUSE_S = 0.25
 """Pause between two writes, so that a burst of records is one write."""
 

@@ -20,6 +20,7 @@ from kvferry.connector.config import Config, TierConfig
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.memory import format_bytes
 from kvferry.connector.schema import decode, is_secret, is_size, struct_of, unknown_key
+from kvferry.connector.service import HOST
 from kvferry.connector.tier import TierType
 
 __all__ = ["Setting", "Settings", "effective", "load_settings", "split_tier", "typed_options"]
@@ -30,8 +31,6 @@ CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG"
 PREFIX = "KVFERRY_"
 DEFAULT = "default"
 MASK = "********"
-HOST = "host"
-"""Name that no configured tier may take: the arena's own."""
 _ABSENT = object()
 _URL_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
 
