@@ -361,3 +361,15 @@ def test_a_slot_is_read_into_in_full(tmp_path: Path) -> None:
         LAYOUT.slot_bytes - LAYOUT.payload_bytes
     )
     opened.close()
+
+
+def test_a_prefix_loses_its_tail_before_its_head_also_after_a_restart(tmp_path: Path) -> None:
+    prefix = [key_of(number) for number in range(6)]
+    opened = open_tier(tmp_path, capacity_for(10))
+    assert store(opened, prefix) == [Outcome.OK] * 6
+    assert list(opened.scan()) == prefix[::-1]
+    opened.close()
+    opened = open_tier(tmp_path, capacity_for(10))
+    assert store(opened, [key_of(number) for number in range(100, 107)]) == [Outcome.OK] * 7
+    assert opened.contains(prefix) == [True] * 3 + [False] * 3
+    opened.close()

@@ -150,7 +150,7 @@ def test_a_flipped_bit_anywhere_in_the_index_is_refused_or_costs_that_block(used
 def test_two_entries_for_one_record_leave_only_the_later(used: Path) -> None:
     index = Index("disk", used / "index.mdb", 1 << 20, is_durable=False)
     entries, _ = index.entries()
-    index.update([(key_of(99), entries[0].record)])
+    index.update([(key_of(99), entries[-1].record)])
     index.close()
     opened = open_tier(used, CAPACITY)
     assert opened.contains([KEYS[0], key_of(99)]) == [False, True]

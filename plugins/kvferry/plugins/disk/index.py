@@ -154,9 +154,17 @@ class Index:
         self._preallocate()
 
     def close(self) -> None:
-        """Flush everything to the medium and close. Idempotent."""
-        with self._lock:
-            self._env.sync(True)
+        """Flush everything to the medium and close.
+
+        Raises:
+            TierUnavailable: It could not be flushed; it is closed all the same.
+        """
+        try:
+            with self._lock:
+                self._env.sync(True)
+        except lmdb.Error as error:
+            raise self._unavailable(f"cannot be flushed: {error}", "check the disk") from error
+        finally:
             self._env.close()
 
     def _create(self) -> None:

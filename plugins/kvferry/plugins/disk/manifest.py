@@ -15,6 +15,7 @@ __all__ = [
     "Manifest",
     "ManifestDamaged",
     "current_boot_id",
+    "flush_names",
     "read_manifest",
     "write_manifest",
 ]
@@ -59,8 +60,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def current_boot_id() -> str:
-    """Return an id that changes when the machine restarts."""
-    return _BOOT_ID.read_text(encoding="ascii").strip()
+    """Return an id that changes when the machine restarts, or one that never recurs where there is none."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return f"unknown {os.urandom(8).hex()}"
 
 
 def read_manifest(path: Path) -> Manifest | int:
@@ -90,7 +94,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flush_names(path.parent)
+
+
+def flush_names(path: Path) -> None:
+    """Put the names of a directory's files on the medium."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvferry.connector.frame import HEADER_BYTES
+from kvferry.plugins.disk.manifest import flush_names
 from kvferry.plugins.disk.options import SECTOR_BYTES
 
 __all__ = ["Slabs", "Truncated", "record_of", "split_record"]
@@ -97,6 +98,7 @@ class Slabs:
         try:
             os.posix_fallocate(descriptor, 0, records * self._record_bytes)
             os.replace(fresh, file)
+            flush_names(self._path)
         except OSError:
             fresh.unlink(missing_ok=True)
             raise

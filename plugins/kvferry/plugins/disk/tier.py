@@ -11,6 +11,9 @@ Who owns what
   * ``_growth`` is held by the one thread that adds a slab.
   * A reserved record belongs to the call that reserved it; a pinned one is nobody's to write.
   * ``index`` and ``slabs`` bring their own thread-safety. There are no threads here: callers bring them.
+
+A batch counts as used last block to first, so that the eviction policy drops a prefix's tail before its
+head, without which the tail is of no use.
 """
 
 from __future__ import annotations
@@ -117,7 +120,8 @@ class DiskTier:
         with self._serving():
             self._check_buffers(into)
             with self._lock:
-                pinned = [self._records.pin(frame.key) for frame in into]
+                pinned = [self._records.pin(frame.key) for frame in reversed(into)]
+            pinned.reverse()
             lost: dict[BlockKey, int] = {}
             broken: dict[BlockKey, int] = {}
             try:
@@ -190,9 +194,11 @@ class DiskTier:
             placed = self._place(list(mine))
             for key, frame in mine.items():
                 results[key] = self._write(frame, placed[key], broken) if key in placed else Outcome.NO_ROOM
-            visible = self._commit([(key, placed[key]) for key in mine if results[key] is Outcome.OK])
+            visible = self._commit(
+                [(key, placed[key]) for key in reversed(mine) if results[key] is Outcome.OK]
+            )
         finally:
-            self._settle(mine.keys(), {key for key, _ in visible}, broken)
+            self._settle(reversed(mine), {key for key, _ in visible}, broken)
         if not visible:
             results |= {key: Outcome.NO_ROOM for key in mine if results[key] is Outcome.OK}
         return self._await_others([frame.key for frame in frames], results)
@@ -215,8 +221,9 @@ class DiskTier:
     def _grow(self) -> bool:
         """Add a slab while the capacity allows; False when there is nothing to be had that way."""
         with self._growth:
-            if self._records.has_free():
-                return True
+            with self._lock:
+                if self._records.has_free():
+                    return True
             left = self._geometry.record_count - sum(self._slabs.sizes.values())
             if left <= 0 or time.monotonic() < self._grow_again_at:
                 return False
@@ -350,8 +357,8 @@ class DiskTier:
             self._slabs.sync()
             self._index.close()
             is_clean = True
-        except OSError as error:
-            self._report("close", f"{self._directory.path} cannot be flushed: {error.strerror}")
+        except (OSError, TierUnavailable) as error:
+            self._report("close", f"{self._directory.path} could not be flushed: {error}")
         finally:
             self._slabs.close()
             self._directory.release(is_clean=is_clean)
