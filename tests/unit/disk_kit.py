@@ -12,6 +12,7 @@ from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.policy import POLICIES, EvictionPolicy
 from kvferry.connector.tier import Frame, Outcome, TierContext
 from kvferry.plugins.disk.opening import open_disk_tier
 from kvferry.plugins.disk.options import DiskOptions, plan_geometry
@@ -52,6 +53,9 @@ class Fifo:
         return len(self._keys)
 
 
+ALL_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"fifo": Fifo, **POLICIES}
+
+
 def make_context(
     *,
     fingerprint: bytes = FINGERPRINT,
@@ -65,7 +69,7 @@ def make_context(
         fingerprint=fingerprint,
         instance=instance,
         on_removed=on_removed,
-        make_eviction_policy=lambda name: Fifo(),
+        make_eviction_policy=lambda name: ALL_POLICIES[name](),
         logger=LOGGER,
     )
 
@@ -85,7 +89,7 @@ def capacity_for(blocks: int) -> int:
 
 
 def open_tier(path: Path, capacity: int, context: TierContext | None = None, **options: object) -> DiskTier:
-    chosen = DiskOptions(path=str(path), capacity=capacity, **options)  # type: ignore[arg-type]
+    chosen = DiskOptions(path=str(path), capacity=capacity, **({"eviction": "fifo"} | options))  # type: ignore[arg-type]
     return open_disk_tier(chosen, context or make_context())
 
 

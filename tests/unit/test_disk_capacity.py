@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from disk_kit import (
     LAYOUT,
@@ -204,16 +205,8 @@ class Stubborn(Fifo):
 
 
 def test_when_nothing_can_be_evicted_there_is_no_room(tmp_path: Path) -> None:
-    context = make_context()
-    stubborn = type(context)(
-        **{
-            name: getattr(context, name)
-            for name in context.__struct_fields__
-            if name != "make_eviction_policy"
-        },
-        make_eviction_policy=lambda name: Stubborn(),
-    )
-    opened = open_tier(tmp_path, capacity_for(10), stubborn)
+    context = msgspec.structs.replace(make_context(), make_eviction_policy=lambda name: Stubborn())
+    opened = open_tier(tmp_path, capacity_for(10), context)
     assert store(opened, [key_of(number) for number in range(10)]) == [Outcome.OK] * 10
     assert store(opened, [key_of(10)]) == [Outcome.NO_ROOM]
     assert opened.stats().blocks == 10

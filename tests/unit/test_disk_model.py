@@ -7,7 +7,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from disk_kit import bytes_on_disk, capacity_for, key_of, load_verified, make_context, open_tier, store
+from disk_kit import (
+    ALL_POLICIES,
+    bytes_on_disk,
+    capacity_for,
+    key_of,
+    load_verified,
+    make_context,
+    open_tier,
+    store,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -35,10 +44,12 @@ class DiskMachine(RuleBasedStateMachine):
         assert set(keys) <= self.model
         self.model -= set(keys)
 
-    @initialize(blocks=st.sampled_from(sorted(CAPACITIES)))
-    def open(self, blocks: int) -> None:
+    @initialize(blocks=st.sampled_from(sorted(CAPACITIES)), eviction=st.sampled_from(sorted(ALL_POLICIES)))
+    def open(self, blocks: int, eviction: str) -> None:
         self.blocks = blocks
-        self.tier = open_tier(self.path, CAPACITIES[blocks], make_context(on_removed=self.on_removed))
+        self.eviction = eviction
+        context = make_context(on_removed=self.on_removed)
+        self.tier = open_tier(self.path, CAPACITIES[blocks], context, eviction=eviction)
 
     @rule(keys=KEYS)
     def store(self, keys: list[BlockKey]) -> None:
@@ -64,7 +75,7 @@ class DiskMachine(RuleBasedStateMachine):
         order = list(self.tier.scan())
         self.tier.close()
         is_shrunk = blocks < self.blocks
-        self.open(blocks)
+        self.open(blocks, self.eviction)
         held = set(self.tier.scan())
         assert held <= self.model if is_shrunk else held == self.model
         assert list(self.tier.scan()) == [key for key in order if key in held]

@@ -38,7 +38,7 @@ __all__ = ["DiskTier"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _GROW_AGAIN_S = 30.0
-_EVICT_AHEAD = 256
+_EVICT_AHEAD = 128
 """One part in so many of the records is evicted ahead, to share the eviction's transaction."""
 _OTHER_STORE_S = 30.0
 _CLOSE_S = 30.0
