@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 from disk_kit import (
     LAYOUT,
+    bytes_on_disk,
     capacity_for,
     empty_frame,
     key_of,
@@ -259,6 +261,25 @@ def test_without_direct_io_the_tier_says_so_and_works(
     assert store(opened, KEYS) == [Outcome.OK] * 8
     assert load_verified(opened, KEYS) == [Outcome.OK] * 8
     opened.close()
+
+
+def test_a_real_filesystem_without_direct_io_or_preallocation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mounted = subprocess.run(["mount", "-t", "ramfs", "kvferry", tmp_path], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting needs privileges that this machine does not give")
+    try:
+        opened = open_tier(tmp_path, CAPACITY)
+        assert "has no direct I/O" in caplog.text
+        for first in range(0, 60, 6):
+            keys = [key_of(number) for number in range(first, first + 6)]
+            assert store(opened, keys) == [Outcome.OK] * 6
+            assert load_verified(opened, keys) == [Outcome.OK] * 6
+        assert bytes_on_disk(tmp_path) <= CAPACITY
+        opened.close()
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_short_reads_and_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
