@@ -240,6 +240,25 @@ def test_the_manifest_says_how_the_directory_was_left(used: Path) -> None:
     assert found().is_clean
 
 
+def test_sync_is_promised_only_once_the_last_process_without_it_is_flushed(
+    used: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(used, is_clean=False)
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def observe(descriptor: int) -> None:
+        steps.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", observe)
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append("promise"), replace(old, new)))
+    opened = open_tier(used, CAPACITY, sync=True)
+    flushed = set(steps[: steps.index("promise")])
+    assert flushed >= {"index.mdb", *(slab.name for slab in used.glob("slab-*"))}
+    opened.close()
+
+
 def test_unfinished_files_are_removed(used: Path) -> None:
     for name in ("slab-00007.new", "index.new", "kvferry-disk.new", "probe.new"):
         (used / name).write_bytes(b"x" * 5000)
@@ -247,6 +266,14 @@ def test_unfinished_files_are_removed(used: Path) -> None:
     assert load_verified(opened, KEYS) == [Outcome.OK] * 6
     opened.close()
     assert not list(used.glob("*.new"))
+
+
+def test_files_of_somebody_else_beside_ours_are_left_alone(used: Path) -> None:
+    (used / "notes.new").write_text("mine")
+    (used / "lost+found").mkdir()
+    edit_manifest(used, is_clean=False)
+    open_tier(used, CAPACITY, sync=True).close()
+    assert (used / "notes.new").read_text() == "mine"
 
 
 def test_a_directory_that_could_not_be_opened_can_be_opened_later(

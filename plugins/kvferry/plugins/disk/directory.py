@@ -3,7 +3,7 @@
     kvferry-disk.json   the manifest
     index.mdb           the index
     slab-00000, ...     the records
-    *.new               unfinished twins of the above, removed at the next start
+    <name>.new          unfinished twins of the above, removed at the next start
 
 Nothing is deleted here but the ``.new`` files and an index that a crash of the machine may have
 torn. A directory that is not plainly ours is refused as it is. The process that uses the directory holds a
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import weakref
 from pathlib import Path
 
@@ -38,6 +39,7 @@ __all__ = ["Directory", "hint_for", "tier_path"]
 _MANIFEST = "kvferry-disk.json"
 # What may lie in a directory that has no manifest yet: our own first step, and a mount point's.
 _HARMLESS = frozenset({"kvferry-disk.new", "lost+found"})
+_UNFINISHED = re.compile(r"(kvferry-disk|index|probe|slab-\d{5})\.new")
 _HINTS = {
     errno.EROFS: "remount the filesystem writable or name another path",
     errno.EACCES: "let this user write there or name another path",
@@ -132,9 +134,20 @@ class Directory:
                     self.path,
                 )
                 self.index_path.unlink()
-        for unfinished in self.path.glob("*.new"):
+        for unfinished in filter(lambda file: _UNFINISHED.fullmatch(file.name), self.path.iterdir()):
             unfinished.unlink()
+        if self._manifest.is_durable and found is not None and not (found.is_clean or found.is_durable):
+            self._flush()
         self._write(is_clean=False)
+
+    def _flush(self) -> None:
+        """Put on the medium what a process without ``sync`` left to the kernel, before promising that."""
+        try:
+            for file in filter(Path.is_file, self.path.iterdir()):
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        except OSError as error:
+            raise self._unavailable(f"cannot be flushed: {error.strerror}", hint_for(error)) from error
 
     def _read(self) -> Manifest | None:
         try:
