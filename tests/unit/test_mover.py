@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -240,6 +239,19 @@ def test_damaged_blocks_are_refused_and_named(bench: Bench, reason: str, damage:
     assert result.outcomes == (FAILED, OK)
     assert (result.refused, result.refused_keys) == ((reason,), (key(1),))
     assert bench.mover.counters()["disk"].refused == {reason: 1}
+    assert list(bench.tier.blocks) == [key(2)]  # nobody meets the damaged one again
+
+
+def test_a_refusal_stands_when_the_block_cannot_be_deleted(bench: Bench) -> None:
+    def fault(call: str) -> None:
+        if call == "delete":
+            raise TierError("disk", "read-only")
+
+    bench.tier.fault = fault
+    bench.tier.blocks[key(1)] = (bytes(256), bytes(LAYOUT.slot_bytes))
+    bench.load([1], [5])
+    (result,) = bench.await_results()
+    assert (result.outcomes, result.refused, result.error) == ((FAILED,), ("magic",), "")
 
 
 def test_another_blocks_frame_is_refused(bench: Bench) -> None:
@@ -252,10 +264,8 @@ def test_another_blocks_frame_is_refused(bench: Bench) -> None:
 
 
 def test_refused_blocks_do_not_open_the_breaker(bench: Bench) -> None:
-    bench.store([1], [0])
-    bench.await_results()
-    bench.tier.blocks[key(1)] = (bytes(256), bytes(LAYOUT.slot_bytes))
     for _ in range(6):
+        bench.tier.blocks[key(1)] = (bytes(256), bytes(LAYOUT.slot_bytes))
         bench.load([1], [5])
         assert bench.outcomes() == [(FAILED,)]
     assert bench.mover.counters()["disk"].breaker == "closed"
@@ -337,22 +347,6 @@ def test_stores_leave_a_thread_for_loads(make: Callable[..., Bench]) -> None:
     assert bench.tier.calls == ["store", "load"]
     bench.tier.gate.set()
     bench.await_results(5)
-
-
-def test_a_delete_waits_for_the_stores_before_it_and_holds_those_behind(make: Callable[..., Bench]) -> None:
-    bench = make(threads=4, queue_blocks=64)
-    bench.tier.gate.clear()
-    bench.store([1], [1])
-    bench.store([2], [2])
-    for _ in range(2):
-        assert bench.tier.entered.acquire(timeout=DEADLINE_S)
-    bench.submit(Direction.DELETE, [1, 2])
-    bench.store([3], [3])
-    assert not bench.tier.entered.acquire(timeout=0.1)
-    bench.tier.gate.set()
-    bench.await_results(4)
-    assert bench.tier.calls == ["store", "store", "delete", "store"]
-    assert list(bench.tier.blocks) == [key(3)]
 
 
 def test_a_late_load_is_reported_missed_first_and_finished_when_it_returns(bench: Bench) -> None:
@@ -496,7 +490,6 @@ def test_limits_that_make_no_sense_are_refused(make: Callable[..., Bench], field
 def test_under_random_faults_every_transfer_ends_once_and_no_wrong_byte_passes(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     registry = PluginRegistry(["faulty"], use_entry_points=False)
     context = TierContext(
         name="f",

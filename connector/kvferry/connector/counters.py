@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from kvferry.connector.manager import Counters
+
 __all__ = ["ServiceCounters", "TierCounters"]
 
 
@@ -28,7 +30,8 @@ class TierCounters(msgspec.Struct, kw_only=True):
     """Blocks the tier itself had no room for."""
     failed_stores: int = 0
     shed_stores: int = 0
-    """Blocks not stored because the queue was full or the breaker open."""
+    """Blocks not stored because too many waited already, the breaker was open or the tier was being
+    cleared."""
     deleted_blocks: int = 0
     removed_blocks: int = 0
     """Blocks the tier dropped on its own."""
@@ -45,12 +48,17 @@ class TierCounters(msgspec.Struct, kw_only=True):
 class ServiceCounters(msgspec.Struct, kw_only=True):
     """A snapshot of everything."""
 
+    decisions: Counters
+    """What the manager decided."""
     slots: int
     used_slots: int
+    """Slots that are not free."""
     capacity_bytes: int
     host_blocks: int
     host_evictions: int
     leases: int
+    """Leases and what prefetching pins."""
     reservations: int
+    """Reservations that were not settled, expired ones included."""
     pending_transfers: int
     tiers: dict[str, TierCounters]

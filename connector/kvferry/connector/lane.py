@@ -1,9 +1,8 @@
 """A lane: one tier's bounded queue and the threads that call the tier.
 
 A thread takes a transfer, composes or verifies its frames and calls the tier; whatever the tier does,
-the transfer is reported exactly once. Loads go before stores, and stores leave one thread free for
-loads. A delete waits for the stores before it and holds those behind it, so that nothing that was
-deleted is stored again by a thread that was slower.
+the transfer is reported exactly once. A block whose bytes are refused is deleted from the tier before
+the refusal is reported. Loads go before everything else, and the rest leaves one thread free for loads.
 
 Threading: ``put`` and ``withdraw`` belong to the mover's thread, the rest to the lane's own threads,
 which are named ``kvferry-<tier>-<n>``. The queue is the only state they share.
@@ -20,7 +19,7 @@ from queue import SimpleQueue
 
 import msgspec
 
-from kvferry.connector.errors import BlockRefused, TierError
+from kvferry.connector.errors import BlockRefused, TierError, short_key
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.plan import Direction, Transfer
@@ -172,7 +171,17 @@ class Lane:
                 outcomes[index] = Outcome.FAILED
                 refused.append((frame.key, refusal.reason))
                 self._log.warn(f"refused {refusal.reason}", f"tier {self.name!r}: {refusal}")
+        if refused:
+            self._quarantine([key for key, _ in refused])
         return outcomes
+
+    def _quarantine(self, keys: list[BlockKey]) -> None:
+        """Delete refused blocks, so that nobody meets them again."""
+        try:
+            self._tier.delete(keys)
+        except BaseException as error:  # noqa: BLE001  # boundary: refused is refused, deleted or not
+            what = f"tier {self.name!r}: refused block {short_key(keys[0])} could not be deleted: {error}"
+            self._log.warn(f"quarantine {type(error).__name__}", what)
 
     def _checked(self, outcomes: object, transfer: Transfer) -> list[Outcome]:
         """Believe a plugin's answer only if it has the promised shape."""
@@ -189,14 +198,13 @@ class Lane:
 class _Queue:
     """The jobs of one lane that wait, and the rule which one may be begun next."""
 
-    def __init__(self, queue_blocks: int, max_storing: int) -> None:
+    def __init__(self, queue_blocks: int, max_writers: int) -> None:
         self.queued_blocks = 0
         self._queue_blocks = queue_blocks
-        self._max_storing = max_storing
+        self._max_writers = max_writers
         self._loads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
-        self._storing = 0
-        self._is_deleting = False
+        self._writers = 0
         self._is_closed = False
         self._changed = threading.Condition()
 
@@ -223,11 +231,9 @@ class _Queue:
 
     def done(self, job: Job) -> None:
         with self._changed:
-            if job.transfer.direction is Direction.STORE:
-                self._storing -= 1
-            elif job.transfer.direction is Direction.DELETE:
-                self._is_deleting = False
-            self._changed.notify_all()
+            if job.transfer.direction is not Direction.LOAD:
+                self._writers -= 1
+                self._changed.notify()
 
     def withdraw(self, wanted: Callable[[Job], bool]) -> list[Job]:
         with self._changed:
@@ -235,7 +241,6 @@ class _Queue:
             for job in taken:
                 self._queue_of(job).remove(job)
                 self._leave(job)
-            self._changed.notify_all()
             return taken
 
     def close(self) -> None:
@@ -253,22 +258,12 @@ class _Queue:
     def _next(self) -> Job | None:
         if self._loads:
             return self._loads.popleft()
-        if not self._writes or not self._may_begin(self._writes[0]):
+        if not self._writes or self._writers == self._max_writers:
             return None
         job = self._writes.popleft()
         self._leave(job)
-        if job.transfer.direction is Direction.STORE:
-            self._storing += 1
-        else:
-            self._is_deleting = True
+        self._writers += 1
         return job
-
-    def _may_begin(self, write: Job) -> bool:
-        if self._is_deleting:
-            return False
-        if write.transfer.direction is Direction.DELETE:
-            return self._storing == 0
-        return self._storing < self._max_storing
 
 
 class _SparseLog:

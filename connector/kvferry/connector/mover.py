@@ -96,14 +96,18 @@ class Mover:
         """Start transfers; what cannot be taken is reported by the next ``poll``. Never blocks.
 
         A store that the queue has no room for is ``NO_ROOM``. While the tier's breaker is open, stores
-        are ``NO_ROOM`` and everything else is ``FAILED``.
+        are ``NO_ROOM`` and everything else is ``FAILED``. When the breaker's pause is over, the
+        transfers of one call together are the probe.
         """
+        allowed: dict[str, bool] = {}
         for transfer in transfers:
             route = self._routes[transfer.tier]
             job = Job(transfer, now)
+            if transfer.tier not in allowed:
+                allowed[transfer.tier] = route.breaker.allow(now)
             if self._is_closing:
                 self._shed(route, job, _CLOSING)
-            elif not route.breaker.allow(now):
+            elif not allowed[transfer.tier]:
                 self._shed(route, job, _PAUSED)
             elif route.lane.put(job):
                 self._jobs[transfer.id] = job

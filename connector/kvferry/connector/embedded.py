@@ -1,0 +1,355 @@
+"""The embedded service: arena, manager, mover and tiers in the engine's scheduler process.
+
+This is the composition: it owns the parts, hands the manager's transfers to the mover and the mover's
+results back to the manager, and tells observers. It decides nothing about blocks itself.
+
+Threading: one thread calls every method. Tiers run on the mover's threads; what they drop on their own
+arrives through a queue. Nothing here waits for a tier after the constructor, except ``close``.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from kvferry.connector.arena import Arena, ArenaHandle, slots_for
+from kvferry.connector.config import Config
+from kvferry.connector.counters import ServiceCounters, TierCounters
+from kvferry.connector.errors import ClosedError
+from kvferry.connector.frame import FrameSeal
+from kvferry.connector.keys import BlockKey
+from kvferry.connector.layout import BlockLayout
+from kvferry.connector.manager import BlockManager, LowerTierSpec, ManagerOptions
+from kvferry.connector.mover import Mover
+from kvferry.connector.opening import OpenTier, close_tiers, open_tiers
+from kvferry.connector.plan import Direction, Transfer, TransferResult
+from kvferry.connector.registry import PluginRegistry
+from kvferry.connector.scan import Scan, ScanBatch, wait_for
+from kvferry.connector.service import Lease, Match, Reservation, ServiceEvent
+from kvferry.connector.tier import Outcome, TierContext
+
+__all__ = ["EmbeddedService"]
+
+_SCAN_WAIT_S = 5.0
+"""Longest that the constructor waits to learn what the tiers hold; the rest comes with ``poll``."""
+_CLOSE_GRACE_S = 2.0
+"""Time that threads and tiers have to end after the deadline of ``close``."""
+_TRANSFER_BYTES = 8 << 20
+_MAX_TRANSFER_BLOCKS = 64
+_MAX_EVENTS = 65536
+_SCAN_BATCHES_PER_POLL = 4
+
+
+class EmbeddedService:
+    """Implements ``service.CacheService`` inside one process.
+
+    Args:
+        config: The effective configuration.
+        layout: Geometry of the model's blocks.
+        fingerprint: The model's 32-byte fingerprint.
+        registry: The plugins.
+        instance: Distinguishes engines of one deployment that must not share exclusive resources.
+        clock: Seconds, monotonic.
+        logger: Where problems are reported.
+
+    Raises:
+        ConfigError: Something in the configuration is wrong, or does not fit these blocks.
+        ArenaError: The arena's memory cannot be had.
+        KVFerryError: A tier that is required cannot be opened.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: BlockLayout,
+        fingerprint: bytes,
+        registry: PluginRegistry,
+        instance: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        self._layout = layout
+        self._registry = registry
+        self._clock = clock
+        self._logger = logger or logging.getLogger(__name__)
+        self._is_closed = False
+        self._removed: queue.SimpleQueue[tuple[str, tuple[BlockKey, ...]]] = queue.SimpleQueue()
+        self._events: deque[ServiceEvent] = deque(maxlen=_MAX_EVENTS)
+        self._removals: dict[str, int] = {}
+        policy = registry.eviction_policy(config.host.eviction)
+        num_slots = slots_for(config.host.capacity, layout.slot_bytes, config.host.huge_pages)
+        opened = open_tiers(
+            config,
+            registry,
+            lambda name: self._context(name, fingerprint, instance),
+            self._logger,
+        )
+        self._tiers, self._problems = opened
+        try:
+            self._arena = Arena.create(num_slots, layout.slot_bytes, config.host.huge_pages, self._logger)
+            self._mover = Mover(
+                self._tiers,
+                seal=FrameSeal(fingerprint, layout.payload_bytes, config.secret or None),
+                slot=self._arena.slot,
+                block_bytes=layout.payload_bytes,
+                clock=clock,
+                logger=self._logger,
+            )
+        except BaseException:
+            close_tiers(self._tiers, _CLOSE_GRACE_S, self._logger)
+            raise
+        self._manager = BlockManager(
+            num_slots,
+            policy,
+            [_spec(opened_tier) for opened_tier in self._tiers],
+            ManagerOptions(
+                lease_s=config.lease_s,
+                retry_failed_s=config.retry_failed_s,
+                batch_blocks=_batch_blocks(layout),
+            ),
+            on_generation=self._arena.set_generation,
+        )
+        self._available = {opened_tier.config.name: True for opened_tier in self._tiers}
+        self._scans = [
+            Scan(opened_tier.config.name, opened_tier.tier, self._logger)
+            for opened_tier in self._tiers
+            if _has_scan(opened_tier)
+        ]
+        for scan, batch in wait_for(list(self._scans), _SCAN_WAIT_S):
+            self._take_scanned(scan, batch)
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Geometry of the blocks."""
+        return self._layout
+
+    @property
+    def arena(self) -> ArenaHandle:
+        """How worker processes map the arena."""
+        return self._arena.handle
+
+    def problems(self) -> list[str]:
+        """Return one line for each configured tier that this service goes on without."""
+        return list(self._problems)
+
+    def lookup(self, keys: Sequence[BlockKey]) -> Match:
+        """Tell how much of a prefix is there. No side effect."""
+        return self._manager.lookup(keys, self._now())
+
+    def prefetch(self, owner: str, keys: Sequence[BlockKey]) -> int:
+        """Start bringing the reachable prefix into the arena; return how many blocks are ready or coming."""
+        now = self._now()
+        prefetch = self._manager.prefetch(owner, keys, now)
+        self._submit(prefetch.transfers, now)
+        return prefetch.coming
+
+    def lease(self, owner: str, keys: Sequence[BlockKey]) -> Lease:
+        """Pin the ready prefix of ``keys``."""
+        return self._manager.lease(owner, keys, self._now())
+
+    def release(self, lease: Lease) -> None:
+        """End a lease. Unknown or expired ones are ignored."""
+        self._require_open()
+        self._manager.release(lease.id)
+
+    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation:
+        """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed."""
+        return self._manager.reserve(owner, keys, self._now())
+
+    def commit(self, reservation: Reservation, keys: Sequence[BlockKey]) -> None:
+        """Make filled blocks visible and start spilling them; the reservation's others are aborted."""
+        now = self._now()
+        self._submit(self._manager.commit(reservation.id, keys, now), now)
+
+    def abort(self, reservation: Reservation) -> None:
+        """Give back all slots of a reservation, nothing of it becoming visible."""
+        self._require_open()
+        self._manager.abort(reservation.id)
+
+    def report_load_failed(self, keys: Sequence[BlockKey]) -> None:
+        """Remember for a while that these blocks could not be delivered, and stop offering them."""
+        self._manager.report_load_failed(keys, self._now())
+
+    def release_owner(self, owner: str) -> None:
+        """Drop everything prefetched and leased for ``owner``; reservations stay until settled."""
+        self._require_open()
+        self._manager.release_owner(owner)
+
+    def poll(self) -> None:
+        """Take in what the tiers finished, expire leases, start waiting transfers. Call every step."""
+        now = self._now()
+        self._take_in_scans()
+        self._take_in_removed()
+        refused: set[BlockKey] = set()
+        for result in self._mover.poll(now):
+            refused.update(result.refused_keys)
+            self._submit(self._manager.on_result(result, now), now)
+            self._observe(result)
+        self._switch_tiers(now)
+        self._submit(self._manager.expire(now), now)
+        self._collect_events("evicted", refused)
+
+    def has_pending(self) -> bool:
+        """Tell whether transfers are under way that a later ``poll`` will report."""
+        return self._mover.has_pending()
+
+    def take_events(self) -> Sequence[ServiceEvent]:
+        """Return and forget the events since the last call; the oldest go when nobody asks for long."""
+        self._collect_events("evicted")
+        events = tuple(self._events)
+        self._events.clear()
+        return events
+
+    def clear(self) -> None:
+        """Forget every block in every tier (weights changed). Leased blocks go when released."""
+        now = self._now()
+        self._collect_events("evicted")
+        self._submit(self._manager.clear(now), now)
+        self._collect_events("deleted")
+
+    def counters(self) -> ServiceCounters:
+        """Return a snapshot of all totals and sizes."""
+        held, decisions = self._manager.occupancy, self._manager.counters
+        tiers = self._mover.counters()
+        for opened in self._tiers:
+            name = opened.config.name
+            self._add_size(opened, tiers[name])
+            tiers[name].shed_stores += decisions.shed.get(name, 0) + decisions.skipped.get(name, 0)
+        return ServiceCounters(
+            decisions=decisions,
+            slots=self._arena.handle.num_slots,
+            used_slots=self._arena.handle.num_slots - held.slots.free,
+            capacity_bytes=self._arena.handle.total_bytes,
+            host_blocks=held.slots.committed,
+            host_evictions=decisions.evictions,
+            leases=held.leases + held.holds,
+            reservations=held.reservations + held.void_reservations,
+            pending_transfers=held.transfers,
+            tiers=tiers,
+        )
+
+    def close(self, deadline_s: float) -> None:
+        """Finish transfers under way for at most ``deadline_s`` seconds and release everything. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for scan in self._scans:
+            scan.stop(_CLOSE_GRACE_S)
+        self._mover.close(deadline_s)
+        close_tiers(self._tiers, _CLOSE_GRACE_S, self._logger)
+        self._arena.close()
+
+    def _now(self) -> float:
+        self._require_open()
+        return self._clock()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("the cache service is closed")
+
+    def _context(self, name: str, fingerprint: bytes, instance: str) -> TierContext:
+        return TierContext(
+            name=name,
+            layout=self._layout,
+            fingerprint=fingerprint,
+            instance=instance,
+            on_removed=lambda keys: self._removed.put((name, tuple(keys))),
+            make_eviction_policy=self._registry.eviction_policy,
+            logger=self._logger.getChild(name),
+        )
+
+    def _submit(self, transfers: Sequence[Transfer], now: float) -> None:
+        if transfers:
+            self._mover.submit(transfers, now)
+            self._switch_tiers(now)
+
+    def _take_in_scans(self) -> None:
+        for scan in list(self._scans):
+            for _ in range(_SCAN_BATCHES_PER_POLL):
+                batch = scan.take()
+                if batch is None:
+                    break
+                self._take_scanned(scan, batch)
+
+    def _take_scanned(self, scan: Scan, batch: ScanBatch) -> None:
+        self._submit(self._manager.on_tier_scanned(scan.name, batch.keys, batch.is_last), self._clock())
+        if batch.is_last:
+            self._scans.remove(scan)
+
+    def _take_in_removed(self) -> None:
+        """Removals before results: a block dropped and stored again in between is there."""
+        while True:
+            try:
+                tier, keys = self._removed.get_nowait()
+            except queue.Empty:
+                return
+            self._removals[tier] = self._removals.get(tier, 0) + len(keys)
+            self._manager.on_tier_removed(tier, keys)
+
+    def _switch_tiers(self, now: float) -> None:
+        for name, was_available in self._available.items():
+            is_available = self._mover.is_available(name, now)
+            if is_available != was_available:
+                self._available[name] = is_available
+                self._manager.set_tier_available(name, is_available)
+
+    def _observe(self, result: TransferResult) -> None:
+        """Tell observers of loads; what is stored and removed they learn from the manager's events."""
+        transfer = result.transfer
+        if not result.is_finished or transfer.direction is not Direction.LOAD:
+            return
+        loaded = _keys_with(Outcome.OK, result)
+        if loaded:
+            self._registry.notify_loaded(transfer.tier, loaded)
+        for reason in sorted(set(result.refused)):
+            refused = zip(result.refused_keys, result.refused, strict=True)
+            keys = [key for key, why in refused if why == reason]
+            self._registry.notify_refused(transfer.tier, keys, reason)
+
+    def _collect_events(self, reason: str, refused: Iterable[BlockKey] = ()) -> None:
+        """Move the manager's events to the engine's list, telling observers."""
+        refused = frozenset(refused)
+        for event in self._manager.take_events():
+            self._events.append(event)
+            if event.kind == "stored":
+                self._registry.notify_stored(event.tier, event.keys)
+                continue
+            others = [key for key in event.keys if key not in refused]
+            damaged = [key for key in event.keys if key in refused]
+            if others:
+                self._registry.notify_removed(event.tier, others, reason)
+            if damaged:
+                self._registry.notify_removed(event.tier, damaged, "refused")
+
+    def _add_size(self, opened: OpenTier, counters: TierCounters) -> None:
+        counters.removed_blocks = self._removals.get(opened.config.name, 0)
+        try:
+            stats = opened.tier.stats()
+        except Exception as error:  # noqa: BLE001  # boundary: a plugin's tier
+            self._logger.debug("tier %r has no stats: %s", opened.config.name, error)
+            return
+        counters.blocks = stats.blocks
+        counters.used_bytes = stats.used_bytes
+        counters.capacity_bytes = stats.capacity_bytes
+        counters.evictions = stats.evictions
+
+
+def _spec(opened: OpenTier) -> LowerTierSpec:
+    config = opened.config
+    return LowerTierSpec(config.name, queue_blocks=config.queue_blocks, has_scan=_has_scan(opened))
+
+
+def _has_scan(opened: OpenTier) -> bool:
+    capabilities = opened.tier.capabilities
+    return capabilities.is_persistent and not capabilities.is_shared
+
+
+def _batch_blocks(layout: BlockLayout) -> int:
+    return max(1, min(_MAX_TRANSFER_BLOCKS, _TRANSFER_BYTES // layout.payload_bytes))
+
+
+def _keys_with(outcome: Outcome, result: TransferResult) -> list[BlockKey]:
+    return [key for key, found in zip(result.transfer.keys, result.outcomes, strict=True) if found is outcome]
