@@ -86,4 +86,90 @@ class LRU:
         return len(self._order)
 
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU}
+class S3FIFO:
+    """Three FIFO queues: a small one for newcomers, a main one, and a ghost list of the evicted.
+
+    A key that is used only once leaves through the small queue and never reaches the main one, so a
+    scan does not wash out what is used again and again.
+
+    Source: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. Deviations: the
+    policy is not told a capacity, so the small queue's share and the ghost list's bound follow the
+    number of keys held; a key taken out of the small queue for any reason leaves a ghost; keys in use
+    go back to the end of their queue.
+    """
+
+    _SMALL_SHARE = 10
+    """The small queue is aimed at one part in so many."""
+    _MAX_USES = 3
+
+    def __init__(self) -> None:
+        self._small: OrderedDict[BlockKey, int] = OrderedDict()
+        self._main: OrderedDict[BlockKey, int] = OrderedDict()
+        self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def insert(self, key: BlockKey) -> None:
+        """Take in a key: into the main queue when it was evicted not long ago."""
+        if key in self._small or key in self._main:
+            self.touch(key)
+        elif key in self._ghosts:
+            del self._ghosts[key]
+            self._main[key] = 0
+        else:
+            self._small[key] = 0
+
+    def touch(self, key: BlockKey) -> None:
+        """Count a use, up to three."""
+        queue = self._small if key in self._small else self._main
+        uses = queue.get(key)
+        if uses is not None and uses < self._MAX_USES:
+            queue[key] = uses + 1
+
+    def remove(self, key: BlockKey) -> None:
+        """Forget a key; one from the small queue is remembered as a ghost."""
+        if self._small.pop(key, None) is not None:
+            self._ghosts[key] = None
+        else:
+            self._main.pop(key, None)
+        while len(self._ghosts) > len(self):
+            self._ghosts.popitem(last=False)
+
+    def victims(self, count: int, is_evictable: Callable[[BlockKey], bool]) -> list[BlockKey]:
+        """Propose keys from the small queue while it is above its share, else from the main one."""
+        chosen: list[BlockKey] = []
+        proposed: list[tuple[OrderedDict[BlockKey, int], BlockKey, int]] = []
+        small_left = len(self._small)
+        # Each pass over the main queue takes one use from every key it holds, so these suffice.
+        main_left = (self._MAX_USES + 1) * len(self)
+        while len(chosen) < count:
+            is_small_due = len(self._small) * self._SMALL_SHARE >= len(self) or not main_left
+            if small_left and self._small and (is_small_due or not self._main):
+                small_left -= 1
+                queue, (key, uses) = self._small, self._small.popitem(last=False)
+                if uses > 1:
+                    self._main[key] = 0
+                    continue
+            elif main_left and self._main:
+                main_left -= 1
+                queue, (key, uses) = self._main, self._main.popitem(last=False)
+                if uses > 0:
+                    self._main[key] = uses - 1
+                    continue
+            else:
+                break
+            if is_evictable(key):
+                chosen.append(key)
+                proposed.append((queue, key, uses))
+            else:
+                queue[key] = uses
+        for queue, key, uses in reversed(proposed):
+            queue[key] = uses
+            queue.move_to_end(key, last=False)
+        return chosen
+
+    def __len__(self) -> int:
+        """Return how many keys are held, ghosts not counted."""
+        return len(self._small) + len(self._main)
+
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "s3fifo": S3FIFO}
+"""The policies that kvferry ships, by the name that configuration uses."""
