@@ -18,7 +18,7 @@ from kvferry.connector.keys import BlockKey
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.tier import Capabilities, Frame, Outcome, Tier, TierContext, TierStats, TierType
 
-LOAD_MODES = ("truncated", "bit_flip", "header_flip", "other_block", "lie_missing", "failed", "late_write")
+LOAD_MODES = ("truncated", "bit_flip", "header_flip", "other_block", "lie_missing", "failed", "zeroed")
 STORE_MODES = ("failed", "no_room", "lost")
 CALL_MODES = ("tier_error", "other_error", "exit", "slow", "wrong_shape")
 MODES = tuple(dict.fromkeys((*LOAD_MODES, *STORE_MODES, *CALL_MODES)))
@@ -210,7 +210,7 @@ class FaultyTier:
             self._flip(frame.header, 130)
         elif mode == "other_block" and self._last is not None:
             frame.header[:], frame.payload[:] = self._last
-        elif mode == "late_write":
+        elif mode == "zeroed":
             frame.payload[:] = bytes(len(frame.payload))
         self._last = whole
         return {"lie_missing": Outcome.MISSING, "failed": Outcome.FAILED}.get(mode or "", Outcome.OK)
