@@ -6,6 +6,7 @@ request's, any older or any half-copied bytes is found at once. Ranks hold their
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,7 +21,7 @@ from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.staging import HostStaging
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.session import EngineSessions, RequestInfo
-from kvferry.engines.stager import Stager
+from kvferry.engines.stager import Stager, StagerResults
 
 PAGE_TOKENS = 4
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, block_tokens=8, head_dim=4, itemsize=2)
@@ -28,12 +29,16 @@ FINGERPRINT = bytes(range(32))
 DEADLINE_S = 20.0
 
 
-class HostPages(HostStaging):
+class GatedPages(HostStaging):
+    """Copies only while its gate is open, so that a test decides how far copies lag behind."""
+
+    gate: threading.Event
+
     def mark(self) -> object:
         return None
 
     def wait(self, mark: object) -> None:
-        pass
+        assert self.gate.wait(DEADLINE_S)
 
     def finish(self) -> None:
         pass
@@ -59,7 +64,45 @@ class Rank:
             token_stride=token,
             kv_stride=LAYOUT.head_dim * LAYOUT.itemsize,
         )
-        self.stager = Stager(HostPages(self.pages.reshape(-1), layout, LAYOUT, self.shard), LAYOUT, self.shard)
+        staging = GatedPages(self.pages.reshape(-1), layout, LAYOUT, self.shard)
+        staging.gate = self._gate = threading.Event()
+        self.stager = Stager(staging, LAYOUT, self.shard)
+        self._submitted = 0
+        self._results = StagerResults(set(), set(), set(), WorkerReport())
+
+    def submit(self, jobs: StepJobs) -> None:
+        self.stager.submit_loads(jobs)
+        self.stager.submit_saves(jobs)
+        self._submitted += len(jobs.loads) + len(jobs.saves) + len(jobs.releases)
+
+    def fence(self, jobs: StepJobs) -> None:
+        if jobs.fences:
+            self._gate.set()
+            self.stager.fence(jobs.fences)
+            self._copy_all()
+
+    def collect(self) -> StagerResults:
+        """Let every submitted copy happen and return all results."""
+        self._copy_all()
+        results = self._results
+        self._results = StagerResults(set(), set(), set(), WorkerReport())
+        return results
+
+    def close(self) -> None:
+        self._gate.set()
+        self.stager.close()
+
+    def _copy_all(self) -> None:
+        self._gate.set()
+        end = time.monotonic() + DEADLINE_S
+        while self._submitted:
+            assert time.monotonic() < end, "the stager does not report all jobs"
+            fresh = self.stager.take_results()
+            self._submitted -= len(fresh.released) + len(fresh.loaded) + len(fresh.report.saved)
+            for mine, new in zip(self._results[:3], fresh[:3], strict=True):
+                mine |= new
+            self._results.report.merge(fresh.report)
+        self._gate.clear()
 
     def write(self, page: int, offset: int, token_kv: np.ndarray) -> None:
         first = self.shard.first_head
@@ -128,8 +171,11 @@ class PlayedEngine:
         self.waiting.append(request)
         return request
 
-    def step(self, chunk: int = 1 << 30) -> None:
-        """One engine step: admit, compute up to ``chunk`` tokens of each request, move blocks."""
+    def step(self, chunk: int = 1 << 30, collect: bool = True) -> None:
+        """One engine step: admit, compute up to ``chunk`` tokens of each request, move blocks.
+
+        Without ``collect`` the step's copies lag behind, until a fence or a later step.
+        """
         self.service.poll()
         for request in list(self.waiting):
             self._admit(request)
@@ -141,14 +187,17 @@ class PlayedEngine:
             self.sessions.computed(request.name, request.tokens, request.computed + count, request.pages)
         jobs = self.sessions.take_jobs()
         for rank in self.ranks:
-            rank.stager.fence(jobs.fences)
+            rank.fence(jobs)
         for page in self._poisoned:
             for rank in self.ranks:
                 rank.pages[:, page] = 0xEE
         self._poisoned = []
         for request, count in scheduled:
             self._forward(request, count)
-        self._move(jobs)
+        for rank in self.ranks:
+            rank.submit(jobs)
+        if collect:
+            self._collect()
 
     def settle(self) -> None:
         """Step until nothing is under way."""
@@ -201,7 +250,7 @@ class PlayedEngine:
 
     def close(self) -> None:
         for rank in self.ranks:
-            rank.stager.close()
+            rank.close()
         self.service.close(5.0)
 
     def _retire(self, request: Request) -> None:
@@ -242,13 +291,10 @@ class PlayedEngine:
         request.computed = last
         self.check(request)
 
-    def _move(self, jobs: StepJobs) -> None:
+    def _collect(self) -> None:
         report = WorkerReport()
         for rank in self.ranks:
-            rank.stager.submit_loads(jobs)
-            rank.stager.submit_saves(jobs)
-        for rank in self.ranks:
-            results = rank.stager.take_results()
+            results = rank.collect()
             report.merge(results.report)
             self._failed |= results.failed_loads
             for name in results.loaded:

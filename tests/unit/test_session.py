@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -176,14 +175,10 @@ def test_reused_pages_fence_the_save_that_reads_them(engine: PlayedEngine) -> No
 
 
 def test_a_slot_that_changed_hands_is_never_loaded(engine: PlayedEngine) -> None:
-    stager, arena = engine.ranks[0].stager, engine.service.arena
     stale = BlockCopy(slot=0, generation=12345, first_page=0, pages=(0, 1))
-    stager.submit_loads(StepJobs(arena=arena, layout=LAYOUT, loads=[LoadJob("r", (stale,))]))
-    end = time.monotonic() + 10
-    while not (results := stager.take_results()).loaded:
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    assert results.failed_loads == {"r"}
+    load = LoadJob("r", (stale,))
+    engine.ranks[0].submit(StepJobs(arena=engine.service.arena, layout=LAYOUT, loads=[load]))
+    assert engine.ranks[0].collect().failed_loads == {"r"}
     assert not engine.ranks[0].pages.any()
 
 
@@ -217,9 +212,9 @@ class AnyEngine(RuleBasedStateMachine):
         if len(self.engine.waiting) + len(self.engine.running) < 4:
             self.engine.arrive(prompt(shared * BLOCK) + prompt(own, seed + 1))
 
-    @rule(chunk=st.sampled_from([3, 8, 64]))
-    def step(self, chunk: int) -> None:
-        self.engine.step(chunk)
+    @rule(chunk=st.sampled_from([3, 8, 64]), collect=st.booleans())
+    def step(self, chunk: int, collect: bool) -> None:
+        self.engine.step(chunk, collect)
 
     def done(self) -> list[Request]:
         return [request for request in self.engine.running if request.computed == len(request.tokens)]
