@@ -50,7 +50,9 @@ class Rank:
     def __init__(self, rank: int, world_size: int, num_pages: int) -> None:
         self.shard = LAYOUT.shard(rank, world_size)
         heads = self.shard.num_heads
-        self.pages = np.zeros((LAYOUT.num_layers, num_pages, heads, PAGE_TOKENS, LAYOUT.token_bytes), np.uint8)
+        self.pages = np.zeros(
+            (LAYOUT.num_layers, num_pages, heads, PAGE_TOKENS, LAYOUT.token_bytes), np.uint8
+        )
         layer, page, head, token, _ = self.pages.strides
         layout = PageLayout(
             num_pages=num_pages,
@@ -179,7 +181,9 @@ class PlayedEngine:
         self.service.poll()
         for request in list(self.waiting):
             self._admit(request)
-        scheduled = [(request, min(chunk, len(request.tokens) - request.computed)) for request in self.running]
+        scheduled = [
+            (request, min(chunk, len(request.tokens) - request.computed)) for request in self.running
+        ]
         scheduled = [(request, count) for request, count in scheduled if count > 0]
         assigned = [page for request, _ in scheduled for page in self._grow(request)]
         self.sessions.pages_assigned(assigned)

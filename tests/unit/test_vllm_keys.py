@@ -36,9 +36,7 @@ def image(identifier: str, offset: int, length: int) -> SimpleNamespace:
 
 
 def lora(path: Path, name: str = "adapter", number: int = 1, load_inplace: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(
-        lora_int_id=number, lora_name=name, lora_path=str(path), load_inplace=load_inplace
-    )
+    return SimpleNamespace(lora_int_id=number, lora_name=name, lora_path=str(path), load_inplace=load_inplace)
 
 
 @pytest.fixture
@@ -128,9 +126,7 @@ def test_a_large_file_is_sampled_and_its_modification_counts(tmp_path: Path) -> 
 
 def output(new: dict[str, list[int]], cached: dict[str, list[int] | None], resumed: set[str]) -> Any:
     return SimpleNamespace(
-        scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, block_ids=(pages,)) for name, pages in new.items()
-        ],
+        scheduled_new_reqs=[SimpleNamespace(req_id=name, block_ids=(pages,)) for name, pages in new.items()],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(cached),
             new_block_ids=[None if pages is None else (pages,) for pages in cached.values()],

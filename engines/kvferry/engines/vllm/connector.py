@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KVFerryConnector"]
 
-logger = logging.getLogger("vllm.kvferry")
-"""Below vLLM's logger, so that its handlers and level apply."""
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,6 +109,7 @@ class KVFerryConnector(KVConnectorBase_V1):
         self._worker: WorkerSide | None = None
         self._results: StagerResults | None = None
         self._hook_seconds = 0.0
+        _log_through_vllm()
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         try:
             settings = load_settings(extra, environ=os.environ)
@@ -327,6 +327,15 @@ class KVFerryConnector(KVConnectorBase_V1):
     ) -> KVFerryPromMetrics:
         """Create kvferry's metrics beside vLLM's."""
         return KVFerryPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _log_through_vllm() -> None:
+    """Give kvferry's loggers the handlers and the level that the operator chose for vLLM's."""
+    ours, theirs = logging.getLogger("kvferry"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.propagate = theirs.propagate
+        ours.setLevel(theirs.level)
 
 
 def _jobs(metadata: KVConnectorMetadata) -> StepJobs:

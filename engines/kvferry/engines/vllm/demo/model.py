@@ -166,7 +166,9 @@ def _save_weights(reader: GGUFReader, path: Path) -> None:
 
 def _config(reader: GGUFReader) -> dict[str, Any]:
     """Return config.json's content."""
-    llama = {name: _field(reader, f"llama.{name}") for name in ("embedding_length", "block_count", "vocab_size")}
+    llama = {
+        name: _field(reader, f"llama.{name}") for name in ("embedding_length", "block_count", "vocab_size")
+    }
     heads = _field(reader, "llama.attention.head_count")
     norm_epsilon = np.float32(_field(reader, "llama.attention.layer_norm_rms_epsilon"))
     return {
