@@ -130,41 +130,41 @@ class S3FIFO:
             self._ghosts[key] = None
         else:
             self._main.pop(key, None)
-        while len(self._ghosts) > len(self):
+        held = len(self._small) + len(self._main)
+        while len(self._ghosts) > held:
             self._ghosts.popitem(last=False)
 
     def victims(self, count: int, is_evictable: Callable[[BlockKey], bool]) -> list[BlockKey]:
         """Propose keys from the small queue while it is above its share, else from the main one."""
-        chosen: list[BlockKey] = []
+        small, main = self._small, self._main
         proposed: list[tuple[OrderedDict[BlockKey, int], BlockKey, int]] = []
-        small_left = len(self._small)
+        small_left = len(small)
         # Each pass over the main queue takes one use from every key it holds, so these suffice.
         main_left = (self._MAX_USES + 1) * len(self)
-        while len(chosen) < count:
-            is_small_due = len(self._small) * self._SMALL_SHARE >= len(self) or not main_left
-            if small_left and self._small and (is_small_due or not self._main):
+        while len(proposed) < count:
+            is_small_due = len(small) * self._SMALL_SHARE >= len(small) + len(main) or not main_left
+            if small_left and small and (is_small_due or not main):
                 small_left -= 1
-                queue, (key, uses) = self._small, self._small.popitem(last=False)
+                queue, (key, uses) = small, small.popitem(last=False)
                 if uses > 1:
-                    self._main[key] = 0
+                    main[key] = 0
                     continue
-            elif main_left and self._main:
+            elif main_left and main:
                 main_left -= 1
-                queue, (key, uses) = self._main, self._main.popitem(last=False)
+                queue, (key, uses) = main, main.popitem(last=False)
                 if uses > 0:
-                    self._main[key] = uses - 1
+                    main[key] = uses - 1
                     continue
             else:
                 break
             if is_evictable(key):
-                chosen.append(key)
                 proposed.append((queue, key, uses))
             else:
                 queue[key] = uses
         for queue, key, uses in reversed(proposed):
             queue[key] = uses
             queue.move_to_end(key, last=False)
-        return chosen
+        return [key for _, key, _ in proposed]
 
     def __len__(self) -> int:
         """Return how many keys are held, ghosts not counted."""

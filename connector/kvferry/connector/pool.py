@@ -39,6 +39,10 @@ class SlotState(enum.IntEnum):
     RETIRED = 4
 
 
+_FREE, _RESERVED, _COMMITTED, _QUARANTINED, _RETIRED = SlotState
+"""By short names: on the scheduler's path an enum's attribute lookup is most of a transition's cost."""
+
+
 class SlotCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Slots by state. The five states add up to the arena."""
 
@@ -78,34 +82,34 @@ class SlotPool:
         slot = self._free.pop()
         self._generations[slot] += 1
         self._on_generation(slot, self._generations[slot])
-        self._move(slot, SlotState.RESERVED, SlotState.FREE)
+        self._move(slot, _RESERVED, _FREE)
         return slot
 
     def commit(self, slot: int) -> None:
         """Declare a slot's content whole (RESERVED to COMMITTED)."""
-        self._move(slot, SlotState.COMMITTED, SlotState.RESERVED)
+        self._move(slot, _COMMITTED, _RESERVED)
 
     def quarantine(self, slot: int) -> None:
         """Take the right to write from a slot's writer, who may not know yet (RESERVED to QUARANTINED)."""
-        self._move(slot, SlotState.QUARANTINED, SlotState.RESERVED)
+        self._move(slot, _QUARANTINED, _RESERVED)
 
     def free(self, slot: int) -> None:
         """Take back a slot whose writer has stopped (RESERVED or QUARANTINED to FREE)."""
-        self._move(slot, SlotState.FREE, SlotState.RESERVED, SlotState.QUARANTINED)
+        self._move(slot, _FREE, _RESERVED, _QUARANTINED)
         self._free.append(slot)
 
     def retire(self, slot: int) -> None:
         """Take back a committed slot: at once when unpinned, else when the last pin goes."""
         if self._pins[slot]:
-            self._move(slot, SlotState.RETIRED, SlotState.COMMITTED)
+            self._move(slot, _RETIRED, _COMMITTED)
             self._pinned_committed -= 1
         else:
-            self._move(slot, SlotState.FREE, SlotState.COMMITTED)
+            self._move(slot, _FREE, _COMMITTED)
             self._free.append(slot)
 
     def pin(self, slot: int) -> None:
         """Keep a committed slot from being evicted; pins nest."""
-        if self._states[slot] != SlotState.COMMITTED:
+        if self._states[slot] != _COMMITTED:
             raise UsageError(f"slot {slot} is {self.state(slot).name}: only committed slots can be pinned")
         if not self._pins[slot]:
             self._pinned += 1
@@ -120,20 +124,20 @@ class SlotPool:
         if self._pins[slot]:
             return
         self._pinned -= 1
-        if self._states[slot] == SlotState.RETIRED:
-            self._move(slot, SlotState.FREE, SlotState.RETIRED)
+        if self._states[slot] == _RETIRED:
+            self._move(slot, _FREE, _RETIRED)
             self._free.append(slot)
         else:
             self._pinned_committed -= 1
 
     def is_evictable(self, slot: int) -> bool:
         """Tell whether a slot holds a block that nobody reads."""
-        return self._states[slot] == SlotState.COMMITTED and not self._pins[slot]
+        return self._states[slot] == _COMMITTED and not self._pins[slot]
 
     @property
     def num_evictable(self) -> int:
         """How many slots are evictable."""
-        return self._by_state[SlotState.COMMITTED] - self._pinned_committed
+        return self._by_state[_COMMITTED] - self._pinned_committed
 
     @property
     def num_free(self) -> int:
