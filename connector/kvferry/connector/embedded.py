@@ -31,7 +31,7 @@ from kvferry.connector.scan import Scan, ScanBatch, wait_for
 from kvferry.connector.service import Lease, Match, Reservation, ServiceEvent
 from kvferry.connector.tier import Outcome, TierContext
 
-__all__ = ["EmbeddedService"]
+__all__ = ["EmbeddedService", "batch_blocks"]
 
 _SCAN_WAIT_S = 5.0
 """Longest that the constructor waits to learn what the tiers hold; the rest comes with ``poll``."""
@@ -108,7 +108,7 @@ class EmbeddedService:
             ManagerOptions(
                 lease_s=config.lease_s,
                 retry_failed_s=config.retry_failed_s,
-                batch_blocks=_batch_blocks(layout),
+                batch_blocks=batch_blocks(layout),
             ),
             on_generation=self._arena.set_generation,
         )
@@ -347,7 +347,8 @@ def _has_scan(opened: OpenTier) -> bool:
     return capabilities.is_persistent and not capabilities.is_shared
 
 
-def _batch_blocks(layout: BlockLayout) -> int:
+def batch_blocks(layout: BlockLayout) -> int:
+    """Return how many blocks one transfer moves: few large ones, many small ones."""
     return max(1, min(_MAX_TRANSFER_BLOCKS, _TRANSFER_BYTES // layout.payload_bytes))
 
 

@@ -24,11 +24,11 @@ from kvferry.connector.bench.case import BenchCase, BenchContext, BenchSkipped, 
 from kvferry.connector.bench.host import MIB, SHAPES, SMALL
 from kvferry.connector.bench.measure import interleaved
 from kvferry.connector.config import TierConfig
+from kvferry.connector.embedded import batch_blocks
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import SLOT_ALIGNMENT_BYTES, BlockLayout
-from kvferry.connector.manager import ManagerOptions
 from kvferry.connector.memory import format_bytes
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import typed_options
@@ -39,8 +39,6 @@ __all__ = ["DISK"]
 GOAL = Goal(0.8, at_least=True)
 FINGERPRINT = bytes(32)
 THREADS = TierConfig(type="disk").threads
-CALL_BLOCKS = ManagerOptions().batch_blocks
-"""What a tier is given in one call: a transfer."""
 FILLS = 4
 """Room of both sides, in batches."""
 
@@ -71,7 +69,7 @@ def _compare(
         stack.callback(arena.close)
         threads = stack.enter_context(ThreadPoolExecutor(THREADS, "kvferry-bench"))
         tier = stack.enter_context(_TierSide.open(directory / "tier", layout, capacity, arena, threads))
-        raw = stack.enter_context(_RawSide.open(directory / "raw", arena, threads))
+        raw = stack.enter_context(_RawSide.open(directory / "raw", layout, arena, threads))
         for fill in range(FILLS + 1):
             tier.store(fill)
             raw.store(fill)
@@ -92,14 +90,15 @@ def _compare(
 
 
 class _Side:
-    """What both sides share: the slots, and threads that each take a call's worth of them."""
+    """What both sides share: the slots, and threads that each take a transfer's worth of them."""
 
-    def __init__(self, arena: Arena, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor) -> None:
         self.slots = [arena.slot(index) for index in range(arena.handle.num_slots)]
         self._threads = threads
+        per_call = batch_blocks(layout)
         self._calls = [
-            range(first, min(first + CALL_BLOCKS, len(self.slots)))
-            for first in range(0, len(self.slots), CALL_BLOCKS)
+            range(first, min(first + per_call, len(self.slots)))
+            for first in range(0, len(self.slots), per_call)
         ]
 
     def everywhere(self, work: Callable[[range], None]) -> None:
@@ -111,7 +110,7 @@ class _TierSide(_Side):
     """Stores and loads through the real tier, sealing and verifying every frame."""
 
     def __init__(self, tier: Tier, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor) -> None:
-        super().__init__(arena, threads)
+        super().__init__(layout, arena, threads)
         self._tier = tier
         self._seal = FrameSeal(FINGERPRINT, layout.payload_bytes)
         self._headers = [memoryview(bytearray(HEADER_BYTES)) for _ in self.slots]
@@ -166,8 +165,10 @@ class _TierSide(_Side):
 class _RawSide(_Side):
     """Writes and reads records of the same size in a preallocated file, past the page cache."""
 
-    def __init__(self, descriptor: int, arena: Arena, threads: ThreadPoolExecutor) -> None:
-        super().__init__(arena, threads)
+    def __init__(
+        self, descriptor: int, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor
+    ) -> None:
+        super().__init__(layout, arena, threads)
         self._descriptor = descriptor
         self._record_bytes = SLOT_ALIGNMENT_BYTES + arena.handle.slot_bytes
         self._sectors = [memoryview(mmap.mmap(-1, SLOT_ALIGNMENT_BYTES)) for _ in self.slots]
@@ -175,7 +176,9 @@ class _RawSide(_Side):
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, arena: Arena, threads: ThreadPoolExecutor) -> Iterator[_RawSide]:
+    def open(
+        cls, path: Path, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor
+    ) -> Iterator[_RawSide]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
@@ -184,7 +187,7 @@ class _RawSide(_Side):
                 raise BenchSkipped(f"{path.parent} has no O_DIRECT; give --path on a local disk") from error
             raise
         try:
-            side = cls(descriptor, arena, threads)
+            side = cls(descriptor, layout, arena, threads)
             os.posix_fallocate(descriptor, 0, FILLS * len(side.slots) * side._record_bytes)
             yield side
         finally:
