@@ -232,9 +232,10 @@ class EngineSessions:
             return
         keys = session.chain.extend(tokens, session.info.extras)
         start, session.saved_blocks = session.saved_blocks, full
-        reservation = self._service.reserve(request_id, keys[start:full])
+        new = keys[start:full]
+        reservation = self._service.reserve(request_id, new)
         if reservation.places:
-            self._plan_save(session, reservation, {key: i for i, key in enumerate(keys[:full])}, pages)
+            self._plan_save(session, reservation, dict(zip(new, range(start, full), strict=True)), pages)
 
     def pages_assigned(self, pages: Iterable[int]) -> None:
         """Pages were given to a request in this step: fence the saves that still read them."""
