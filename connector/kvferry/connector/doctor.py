@@ -30,7 +30,8 @@ from kvferry.connector.settings import Settings, split_tier, typed_options
 __all__ = ["Finding", "examine"]
 
 ALWAYS = ("blake3", "lmdb", "msgspec", "numpy", "pluggy", "xxhash")
-OPTIONAL = ("vllm", "torch", "tensorrt_llm", "redis", "boto3", "nixl", "cuda-core")
+# Engines are reported by their adapters' plugins.
+OPTIONAL = ("torch", "tensorrt_llm", "redis", "boto3", "nixl", "cuda-core")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -278,7 +279,6 @@ def _uncached(config: Config) -> Iterator[Finding]:
             "anything after a restart: there is no tier below the arena",
             "add a tier of type disk to keep blocks",
         )
-    yield Finding("ok", topic, "the end of a prompt that does not fill a block")
     if not config.self_test:
         yield Finding(
             "warn", "self-test", "off: a page layout that is misread would go unnoticed", "turn it on"
