@@ -274,15 +274,14 @@ def test_no_fault_of_a_tier_lets_a_wrong_byte_through_or_leaks(
     start: Callable[..., Worker], mode: str
 ) -> None:
     worker = start(**faulty_settings(modes=[mode], seed=7))
-    assert run_at_random(worker, steps=1500, seed=3) > 0
-    assert worker.tier.injected.get(mode, 0) > 10
+    assert run_at_random(worker, 1500, seed=3, until=lambda: worker.tier.injected.get(mode, 0) > 10) > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_all_faults_together_over_disk(start: Callable[..., Worker], seed: int, tmp_path: Path) -> None:
     settings = faulty_settings(inner=disk(tmp_path, capacity=2 * MIB), seed=seed)
     worker = start(**{**settings, "tiers": [*settings["tiers"], {"type": "memory", "capacity_blocks": 30}]})
-    assert run_at_random(worker, steps=2000, seed=seed) > 0
+    assert run_at_random(worker, 2000, seed=seed) > 0
 
 
 def test_without_verification_the_same_faults_are_noticed(
@@ -292,15 +291,21 @@ def test_without_verification_the_same_faults_are_noticed(
     monkeypatch.setattr(FrameSeal, "verify", lambda seal, key, header, payload: None)
     worker = start(**faulty_settings(modes=["bit_flip"], seed=7))
     with pytest.raises(AssertionError):
-        run_at_random(worker, steps=1500, seed=3)
+        run_at_random(worker, 1500, seed=3)
 
 
-def run_at_random(worker: Worker, steps: int, seed: int) -> int:
-    """Save, load, abort, drop and clear at random; return how many blocks were read, all of them right."""
+def run_at_random(worker: Worker, steps: int, seed: int, until: Callable[[], bool] = lambda: True) -> int:
+    """Save, load, abort and drop at random, for ``steps`` and ``until``; return how many blocks were read.
+
+    Every byte that is read is checked, and at the end that nothing leaked.
+    """
     chance = random.Random(seed)
     prompts = [prefix(4, str(number)) for number in range(30)]
-    read = 0
-    for step in range(steps):
+    read = step = 0
+    end = time.monotonic() + DEADLINE_S
+    while step < steps or not until():
+        assert time.monotonic() < end
+        step += 1
         keys = chance.choice(prompts)[: chance.randint(1, 4)]
         action = chance.random()
         if action < 0.4:

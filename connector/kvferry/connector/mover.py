@@ -119,7 +119,7 @@ class Mover:
         while (named := self._next_report(0.0)) is not None:
             self._take_in(*named, now)
         for job in list(self._jobs.values()):
-            if not job.is_late:
+            if not job.is_late and job.transfer.id in self._jobs:  # one deadline can end other jobs
                 self._check_deadline(job, now)
         ready, self._ready = self._ready, []
         return ready
