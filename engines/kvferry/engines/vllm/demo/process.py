@@ -1,0 +1,95 @@
+"""A command and all of its children as one group that can be stopped without leaving anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["ProcessGroup"]
+
+_PR_SET_PDEATHSIG = 1
+_LOG_LINES = 15
+
+
+class ProcessGroup:
+    """A started command, its children, and the file that all of them print to.
+
+    The command gets SIGTERM when the process that started it dies, however it dies. Setting that up is only safe in
+    a process without other threads.
+
+    Args:
+        command: The program and its arguments.
+        environment: All of its environment variables.
+        log: Where its output goes; overwritten.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        libc = ctypes.CDLL(None)
+        with log.open("wb") as output:
+            self._leader = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
+            )
+
+    def exit_status(self) -> int | None:
+        """Return the command's exit status; None while it runs."""
+        return self._leader.poll()
+
+    def stop(self, deadline_s: float) -> None:
+        """Ask the command to end, wait for at most ``deadline_s`` seconds, and kill what is left."""
+        if self._leader.poll() is None:
+            self._leader.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._leader.wait(deadline_s)
+        self.kill(deadline_s)
+
+    def kill(self, deadline_s: float) -> None:
+        """Send SIGKILL to all processes, wait until they are gone, and remove their shared memory.
+
+        Blocks for at most ``deadline_s`` seconds. Calling it again does nothing.
+        """
+        group = self._leader.pid
+        mapped = {path for process in _alive(group) for path in _shared_memory(process)}
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        self._leader.wait()
+        deadline = time.monotonic() + deadline_s
+        while any(_alive(group)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for path in mapped:
+            path.unlink(missing_ok=True)
+
+    def log_tail(self) -> str:
+        """Return the last lines that were printed, indented."""
+        lines = self._log.read_text(errors="replace").splitlines()
+        return "\n".join(f"  | {line[:200]}" for line in lines[-_LOG_LINES:])
+
+
+def _alive(group: int) -> Iterator[Path]:
+    """Yield the /proc directory of each process of a group that is not a zombie."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                yield process
+
+
+def _shared_memory(process: Path) -> Iterator[Path]:
+    """Yield the files below /dev/shm that a process maps; nobody removes those of a killed one."""
+    with contextlib.suppress(OSError):
+        for line in (process / "maps").read_text().splitlines():
+            _, found, name = line.partition("/dev/shm/")
+            if found and not name.endswith(" (deleted)"):
+                yield Path(found + name)
