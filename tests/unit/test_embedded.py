@@ -386,6 +386,28 @@ def test_clear_forgets_every_tier_also_after_a_restart(start: Callable[..., Work
     assert again.service.lookup(keys).reachable == 0
 
 
+def test_what_was_being_stored_when_it_was_cleared_is_gone_after_a_restart(
+    start: Callable[..., Worker], tmp_path: Path
+) -> None:
+    worker, keys = start(tiers=[disk(tmp_path)]), prefix(20)
+    worker.save(keys)
+    worker.service.clear()  # the stores are on their way
+    worker.close()
+    assert start(tiers=[disk(tmp_path)]).service.lookup(keys).reachable == 0
+
+
+def test_a_tier_that_could_not_be_cleared_is_named_at_the_end(
+    start: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start(tiers=[wrapped(rate=0.0)])
+    worker.save(prefix(3))
+    worker.settle()
+    worker.tier.kill()
+    worker.service.clear()
+    worker.close()
+    assert "tier 'f' may still hold blocks that were to be forgotten" in caplog.text
+
+
 def test_a_tier_that_cannot_be_opened_is_a_problem_and_not_the_end(
     start: Callable[..., Worker], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

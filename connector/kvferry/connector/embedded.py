@@ -37,6 +37,7 @@ _SCAN_WAIT_S = 5.0
 """Longest that the constructor waits to learn what the tiers hold; the rest comes with ``poll``."""
 _CLOSE_GRACE_S = 2.0
 """Time that threads and tiers have to end after the deadline of ``close``."""
+_CLOSE_POLL_S = 0.5
 _TRANSFER_BYTES = 8 << 20
 _MAX_TRANSFER_BLOCKS = 64
 _MAX_EVENTS = 65536
@@ -180,11 +181,15 @@ class EmbeddedService:
 
     def poll(self) -> None:
         """Take in what the tiers finished, expire leases, start waiting transfers. Call every step."""
-        now = self._now()
+        self._require_open()
+        self._poll()
+
+    def _poll(self, wait_s: float = 0.0) -> None:
+        now = self._clock()
         self._take_in_scans()
         self._take_in_removed()
         refused: set[BlockKey] = set()
-        for result in self._mover.poll(now):
+        for result in self._mover.poll(now, wait_s):
             refused.update(result.refused_keys)
             self._submit(self._manager.on_result(result, now), now)
             self._observe(result)
@@ -236,9 +241,16 @@ class EmbeddedService:
         if self._is_closed:
             return
         self._is_closed = True
+        deadline = time.monotonic() + deadline_s
         for scan in self._scans:
             scan.stop(_CLOSE_GRACE_S)
-        self._mover.close(deadline_s)
+        while self._mover.has_pending() and (left := deadline - time.monotonic()) > 0:
+            self._poll(wait_s=min(left, _CLOSE_POLL_S))
+        for name in self._manager.uncleared_tiers:
+            self._logger.error(
+                "tier %r may still hold blocks that were to be forgotten: empty it before its next use", name
+            )
+        self._mover.close(max(0.0, deadline - time.monotonic()))
         close_tiers(self._tiers, _CLOSE_GRACE_S, self._logger)
         self._arena.close()
 

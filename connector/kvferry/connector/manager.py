@@ -327,6 +327,11 @@ class BlockManager:
         return self._residency.take_events()
 
     @property
+    def uncleared_tiers(self) -> list[str]:
+        """Tiers that may still hold blocks which ``clear`` forgot."""
+        return [tier.name for tier in self._lower.all() if tier.is_cleansing]
+
+    @property
     def counters(self) -> Counters:
         """A snapshot of the totals."""
         return self._counters.snapshot()

@@ -149,10 +149,17 @@ class Mover:
             else:
                 self._shed(route, job, _QUEUE_FULL)
 
-    def poll(self, now: float) -> list[TransferResult]:
-        """Return finished transfers, and those that passed their deadline since the last call."""
-        while (named := self._next_report(0.0)) is not None:
+    def poll(self, now: float, wait_s: float = 0.0) -> list[TransferResult]:
+        """Return finished transfers, and those that passed their deadline since the last call.
+
+        Args:
+            now: The time.
+            wait_s: Longest to wait for a first report where transfers are under way.
+        """
+        named = self._next_report(wait_s if self._jobs and not self._ready else 0.0)
+        while named is not None:
             self._take_in(*named, now)
+            named = self._next_report(0.0)
         for job in list(self._jobs.values()):
             if not job.is_late and job.transfer.id in self._jobs:  # one deadline can end other jobs
                 self._check_deadline(job, now)

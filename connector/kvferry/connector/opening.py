@@ -19,7 +19,7 @@ from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import split_tier, typed_options
 from kvferry.connector.tier import Tier, TierContext
 
-__all__ = ["OpenTier", "close_tiers", "open_tiers"]
+__all__ = ["OpenTier", "OpenedTiers", "close_tiers", "open_tiers"]
 
 
 class OpenTier(NamedTuple):

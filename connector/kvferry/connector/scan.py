@@ -20,7 +20,7 @@ from typing import NamedTuple
 from kvferry.connector.keys import KEY_BYTES, BlockKey
 from kvferry.connector.tier import Tier
 
-__all__ = ["Scan", "ScanBatch"]
+__all__ = ["Scan", "ScanBatch", "wait_for"]
 
 _BATCH_KEYS = 4096
 _QUEUED_BATCHES = 16
