@@ -146,6 +146,20 @@ def test_every_command_in_the_docs_exists() -> None:
     assert mentioned - set(main.list_commands(context)) == set()
 
 
+def test_every_file_the_design_names_exists() -> None:
+    page = (DOCS / "explanation" / "design.md").read_text()
+    rows = [
+        re.findall(r"`([^`]+)`", row) for row in re.findall(r"^\| [^|]*\? \| (.*) \|$", page, re.MULTILINE)
+    ]
+    assert len(rows) > 10
+    paths = [
+        REPOSITORY / (name if "/" in name else Path(first).parent / name)
+        for first, *more in rows
+        for name in (first, *more)
+    ]
+    assert [path for path in paths if not path.exists()] == []
+
+
 def test_every_decision_is_listed() -> None:
     listed = (DOCS / "adr" / "index.md").read_text()
     pages = sorted((DOCS / "adr").glob("0*.md"))
