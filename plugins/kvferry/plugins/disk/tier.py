@@ -7,7 +7,8 @@ An evicted block leaves the index, in a transaction of its own, before its recor
 
 Who owns what
   * ``_lock`` guards ``_records`` and the counters, never across I/O or an index transaction.
-  * ``_changed`` (on the same lock) is notified when announced keys are settled and calls end.
+  * ``_changed`` (on the same lock) is notified when announced keys are settled.
+  * ``_gate`` counts the calls under way; what ``close`` releases is used by nobody by then.
   * ``_growth`` is held by the one thread that adds a slab.
   * A reserved record belongs to the call that reserved it; a pinned one is nobody's to write.
   * ``index`` and ``slabs`` bring their own thread-safety. There are no threads here: callers bring them.
@@ -18,17 +19,17 @@ head, without which the tail is of no use.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from kvferry.connector.errors import ClosedError, LayoutError, TierTimeout, TierUnavailable, short_key
+from kvferry.connector.errors import LayoutError, TierUnavailable, short_key
 from kvferry.connector.frame import HEADER_BYTES
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.tier import Capabilities, Frame, Outcome, TierContext, TierStats
 from kvferry.plugins.disk.directory import Directory
+from kvferry.plugins.disk.gate import Gate
 from kvferry.plugins.disk.index import Index, IndexFull
 from kvferry.plugins.disk.options import INDEX_BATCH, DiskOptions, Geometry
 from kvferry.plugins.disk.records import Census, Records
@@ -74,13 +75,11 @@ class DiskTier:
         self._index = index
         self._slabs = slabs
         self._records = records
+        self._gate = Gate(context.name)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._growth = threading.Lock()
         self._grow_again_at = 0.0
-        self._busy = 0
-        self._is_closed = False
-        self._is_released = False
         self._reported: set[object] = set()
 
     @property
@@ -90,17 +89,17 @@ class DiskTier:
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Tell for each key whether it is held. Does not block on I/O."""
-        with self._serving(), self._lock:
+        with self._gate, self._lock:
             return [key in self._records for key in keys]
 
     def scan(self) -> Iterator[BlockKey]:
         """Yield the keys held when called, least recently stored first."""
-        with self._serving(), self._lock:
+        with self._gate, self._lock:
             return iter(list(self._records))
 
     def stats(self) -> TierStats:
         """Return the current size."""
-        with self._serving(), self._lock:
+        with self._gate, self._lock:
             return TierStats(
                 blocks=len(self._records),
                 used_bytes=len(self._records) * self._geometry.record_bytes,
@@ -110,14 +109,14 @@ class DiskTier:
 
     def census(self) -> Census:
         """Count the records by state: they always add up to the records of all slabs."""
-        with self._serving(), self._lock:
+        with self._gate, self._lock:
             return self._records.census()
 
     # ---- load
 
     def load(self, into: Sequence[Frame]) -> list[Outcome]:
         """Read the blocks into the frames' buffers. Blocks on the disk; nothing is verified."""
-        with self._serving():
+        with self._gate:
             self._check_buffers(into)
             with self._lock:
                 pinned = [self._records.pin(frame.key) for frame in reversed(into)]
@@ -134,8 +133,9 @@ class DiskTier:
                     for record in pinned:
                         if record is not None:
                             self._records.unpin(record)
-            self._drop(lost, is_bad=False)
-            self._drop(broken, is_bad=True)
+            if lost or broken:
+                self._drop(lost, is_bad=False)
+                self._drop(broken, is_bad=True)
             return outcomes
 
     def _read(
@@ -177,7 +177,7 @@ class DiskTier:
 
         A key that another call is storing meanwhile is waited for, not written twice.
         """
-        with self._serving():
+        with self._gate:
             self._check_buffers(frames)
             outcomes: list[Outcome] = []
             for start in range(0, len(frames), INDEX_BATCH):
@@ -308,7 +308,7 @@ class DiskTier:
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
         """Forget the keys, in one index transaction per ``INDEX_BATCH``."""
-        with self._serving():
+        with self._gate:
             for start in range(0, len(keys), INDEX_BATCH):
                 with self._lock:
                     removed = [(key, self._records.remove(key)) for key in keys[start : start + INDEX_BATCH]]
@@ -345,13 +345,8 @@ class DiskTier:
         Raises:
             TierTimeout: Calls are still under way; nothing was released, and close may be tried again.
         """
-        with self._changed:
-            self._is_closed = True
-            if self._is_released:
-                return
-            if not self._changed.wait_for(lambda: self._busy == 0, _CLOSE_S):
-                raise TierTimeout(self._context.name, f"calls are still under way after {_CLOSE_S:.0f} s")
-            self._is_released = True
+        if not self._gate.close(_CLOSE_S):
+            return
         is_clean = False
         try:
             self._slabs.sync()
@@ -362,21 +357,6 @@ class DiskTier:
         finally:
             self._slabs.close()
             self._directory.release(is_clean=is_clean)
-
-    @contextlib.contextmanager
-    def _serving(self) -> Iterator[None]:
-        """Count a call under way, so that ``close`` can wait for it."""
-        with self._lock:
-            if self._is_closed:
-                raise ClosedError(f"tier {self._context.name!r} is closed")
-            self._busy += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy -= 1
-                if not self._busy:
-                    self._changed.notify_all()
 
     def _check_buffers(self, frames: Sequence[Frame]) -> None:
         slot_bytes = self._context.layout.slot_bytes
