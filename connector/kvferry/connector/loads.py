@@ -146,6 +146,8 @@ class Loads:
         if is_refused or outcome is Outcome.MISSING:
             reason = MissReason.REFUSED if is_refused else MissReason.EVICTED
             self._residency.lost_below([key], tier.bit, reason)
+            if is_refused:
+                tier.doubt([key])
         else:
             self._bar(tier, key, MissReason.LOAD_FAILED, now)
 

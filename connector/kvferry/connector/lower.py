@@ -2,6 +2,7 @@
 
 After ``clear`` a tier may still hold old bytes under keys that will be used again. It is asked for
 nothing and given nothing until every store that was under way has ended and every delete has worked.
+Blocks whose store failed may be there nevertheless, so they are deleted, too.
 
 Pure state, owned by the manager's thread.
 """
@@ -18,6 +19,9 @@ from kvferry.connector.keys import BlockKey
 __all__ = ["LowerTier", "LowerTierSpec", "LowerTiers"]
 
 MAX_TIERS = 16
+MAX_DOUBTFUL = 65536
+"""Failed stores that are remembered per tier. Beyond them a clear can't be relied on any more, and the
+tier stays out of use after one."""
 
 
 class LowerTierSpec(msgspec.Struct, frozen=True):
@@ -51,6 +55,8 @@ class LowerTier:
         self._is_scanned = not spec.has_scan
         self._cleansing: set[int] = set()
         self._undeleted: list[BlockKey] = []
+        self._doubtful: set[BlockKey] = set()
+        self._is_out_of_use = False
         self._retry_at = 0.0
 
     @property
@@ -61,7 +67,7 @@ class LowerTier:
     @property
     def is_cleansing(self) -> bool:
         """Whether the tier may still hold blocks that were cleared."""
-        return bool(self._cleansing or self._undeleted or self.is_purging_scan)
+        return bool(self._cleansing or self._undeleted or self.is_purging_scan or self._is_out_of_use)
 
     @property
     def room_blocks(self) -> int:
@@ -76,9 +82,25 @@ class LowerTier:
         """Note that a transfer has ended."""
         self._cleansing.discard(transfer_id)
 
-    def cleared(self) -> None:
-        """Note that all blocks were forgotten, those not scanned yet included."""
+    def doubt(self, keys: Iterable[BlockKey]) -> None:
+        """Note blocks that may be in the tier although it failed to store or to delete them."""
+        if len(self._doubtful) <= MAX_DOUBTFUL:
+            self._doubtful.update(keys)
+
+    def settle_doubts(self, keys: Iterable[BlockKey]) -> None:
+        """Note that it is known again whether the tier holds blocks."""
+        self._doubtful.difference_update(keys)
+
+    def clear(self) -> list[BlockKey]:
+        """Note that all blocks are forgotten, those not scanned yet included.
+
+        Returns:
+            Blocks to delete beside those that the tier is known to hold.
+        """
         self.is_purging_scan = not self._is_scanned
+        self._is_out_of_use = len(self._doubtful) > MAX_DOUBTFUL
+        doubtful, self._doubtful = self._doubtful, set()
+        return list(doubtful)
 
     def scan_ended(self) -> None:
         """Note that the start-up scan is through."""

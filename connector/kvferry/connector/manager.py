@@ -253,7 +253,12 @@ class BlockManager:
         return self._store_ended(tier, transfer, result, is_stale)
 
     def on_tier_removed(self, tier: str, keys: Sequence[BlockKey]) -> None:
-        """Note that a tier dropped blocks on its own."""
+        """Note that a tier dropped blocks on its own.
+
+        To be called before the results of transfers that ended after the blocks were dropped, so that
+        a block that was stored again is not taken for gone.
+        """
+        self._lower[tier].settle_doubts(keys)
         self._residency.lost_below(keys, self._lower[tier].bit, MissReason.EVICTED)
 
     def on_tier_scanned(self, tier: str, keys: Sequence[BlockKey], is_complete: bool) -> list[Transfer]:
@@ -293,7 +298,8 @@ class BlockManager:
         """Forget every block in every tier. A tier is not used until its deletes are through.
 
         What is being written or loaded meanwhile never becomes visible; leased slots are freed when
-        their leases end.
+        their leases end. Blocks that others put into a shared tier are not known here and stay: where
+        weights change under such a tier, the model's fingerprint has to change.
         """
         self._holds.release_all()
         self._reservations.void_all()
@@ -305,8 +311,7 @@ class BlockManager:
         for tier in self._lower.all():
             keys = self._residency.held_by(tier.bit)
             self._residency.emit("removed", tier.name, keys)
-            tier.cleared()
-            deletes += self._plan_deletes(tier, keys)
+            deletes += self._plan_deletes(tier, keys + tier.clear())
         self._residency.clear()
         self._refresh_usable()
         return deletes
@@ -390,8 +395,11 @@ class BlockManager:
             deletes = self._plan_deletes(tier, transfer.keys)
             tier.ended(transfer.id)
             return deletes
-        outcomes = zip(transfer.keys, result.outcomes, strict=True)
-        self._residency.stored_below([key for key, outcome in outcomes if outcome is Outcome.OK], tier.bit)
+        outcomes = list(zip(transfer.keys, result.outcomes, strict=True))
+        stored = [key for key, outcome in outcomes if outcome is Outcome.OK]
+        tier.settle_doubts(stored)
+        tier.doubt(key for key, outcome in outcomes if outcome is Outcome.FAILED)
+        self._residency.stored_below(stored, tier.bit)
         return []
 
     def _plan_deletes(self, tier: LowerTier, keys: Sequence[BlockKey]) -> list[Transfer]:
