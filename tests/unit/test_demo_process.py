@@ -49,13 +49,13 @@ def family(tmp_path: Path) -> Iterator[tuple[ProcessGroup, list[int], Path]]:
     wait_for(lambda: log.read_text().endswith("\n"))
     *pids, memory = log.read_text().split()
     yield group, [int(pid) for pid in pids], Path(memory)
-    group.kill(DEADLINE_S)
+    group.kill()
 
 
 def test_kill_takes_children_and_shared_memory_along(family: tuple[ProcessGroup, list[int], Path]) -> None:
     group, pids, memory = family
     assert memory.exists()
-    group.kill(DEADLINE_S)
+    group.kill()
     assert not any(is_running(pid) for pid in pids)
     assert not memory.exists()
     assert group.exit_status() == -9
@@ -78,20 +78,19 @@ def test_stop_lets_a_process_end_by_itself(tmp_path: Path) -> None:
     assert group.exit_status() == 7
 
 
-def test_a_process_whose_starter_was_killed_ends(tmp_path: Path) -> None:
+def test_a_group_whose_starter_was_killed_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     starter = f"""
-import os, pathlib, time
+import os, pathlib, sys, time
 from kvferry.engines.vllm.demo.process import ProcessGroup
-group = ProcessGroup(["sleep", "1000"], os.environ, pathlib.Path({str(tmp_path / "log")!r}))
-print(group._leader.pid, flush=True)
+group = ProcessGroup([sys.executable, "-c", {FAMILY!r}], os.environ, pathlib.Path({str(log)!r}))
 time.sleep(1000)
 """
-    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        pid = int(process.stdout.readline())
-        assert is_running(pid)
+    with subprocess.Popen([sys.executable, "-c", starter]) as process:
+        wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
+        *pids, memory = log.read_text().split()
         process.kill()
-    wait_for(lambda: not is_running(pid))
+    wait_for(lambda: not any(is_running(int(pid)) for pid in pids) and not Path(memory).exists())
 
 
 def test_a_server_that_ends_while_starting_shows_its_last_words(

@@ -1,27 +1,30 @@
-"""A command and all of its children as one group that can be stopped without leaving anything behind."""
+"""A command and all of its children as one group that can be stopped without leaving anything behind.
+
+Run as a program, this module is the guard of such a group: it waits until its standard input ends, which it does
+when the process that started it is gone, and then kills the group. So not even SIGKILL leaves an engine running.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["ProcessGroup"]
 
-_PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
+_DEADLINE_S = 20.0
 
 
 class ProcessGroup:
     """A started command, its children, and the file that all of them print to.
 
-    The command gets SIGTERM when the process that started it dies, however it dies. Setting that up is only safe in
-    a process without other threads.
+    Not safe for use from several threads. The group is killed when the process that started it dies, however it dies.
 
     Args:
         command: The program and its arguments.
@@ -31,7 +34,6 @@ class ProcessGroup:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self._log = log
-        libc = ctypes.CDLL(None)
         with log.open("wb") as output:
             self._leader = subprocess.Popen(
                 command,
@@ -40,8 +42,9 @@ class ProcessGroup:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
             )
+        guard = [sys.executable, "-m", __name__, str(self._leader.pid)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
 
     def exit_status(self) -> int | None:
         """Return the command's exit status; None while it runs."""
@@ -53,28 +56,34 @@ class ProcessGroup:
             self._leader.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._leader.wait(deadline_s)
-        self.kill(deadline_s)
+        self.kill()
 
-    def kill(self, deadline_s: float) -> None:
+    def kill(self) -> None:
         """Send SIGKILL to all processes, wait until they are gone, and remove their shared memory.
 
-        Blocks for at most ``deadline_s`` seconds. Calling it again does nothing.
+        Calling it again does nothing.
         """
-        group = self._leader.pid
-        mapped = {path for process in _alive(group) for path in _shared_memory(process)}
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+        _kill(self._leader.pid)
         self._leader.wait()
-        deadline = time.monotonic() + deadline_s
-        while any(_alive(group)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        for path in mapped:
-            path.unlink(missing_ok=True)
+        self._guard.kill()
+        self._guard.communicate()
 
     def log_tail(self) -> str:
         """Return the last lines that were printed, indented."""
         lines = self._log.read_text(errors="replace").splitlines()
         return "\n".join(f"  | {line[:200]}" for line in lines[-_LOG_LINES:])
+
+
+def _kill(group: int) -> None:
+    """Kill a process group, wait until it is gone, and remove the shared memory it had."""
+    mapped = {path for process in _alive(group) for path in _shared_memory(process)}
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    deadline = time.monotonic() + _DEADLINE_S
+    while any(_alive(group)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for path in mapped:
+        path.unlink(missing_ok=True)
 
 
 def _alive(group: int) -> Iterator[Path]:
@@ -93,3 +102,8 @@ def _shared_memory(process: Path) -> Iterator[Path]:
             _, found, name = line.partition("/dev/shm/")
             if found and not name.endswith(" (deleted)"):
                 yield Path(found + name)
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    _kill(int(sys.argv[1]))

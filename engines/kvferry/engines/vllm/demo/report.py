@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class Run:
                 (f"kvferry, from {_source(row.dram)}", row.dram),
                 (f"restarted, from {_source(row.restarted)}", row.restarted),
             ]
-            lines.append((_cut(f"{number} {row.question}"), "vLLM alone", *_cells(row.alone), ""))
+            lines.append((_short(f"{number} {row.question}"), "vLLM alone", *_cells(row.alone), ""))
             for who, answer in by_kvferry:
                 lines.append(("", who, *_cells(answer), "yes" if answer.tokens == row.alone.tokens else "NO"))
         yield from table(lines, right=range(2, 5))
@@ -114,8 +115,8 @@ def _source(answer: Answer) -> str:
     return "disk" if answer.disk_bytes else "DRAM"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= QUESTION_WIDTH else text[: QUESTION_WIDTH - 3] + "..."
+def _short(text: str) -> str:
+    return textwrap.shorten(text, QUESTION_WIDTH, placeholder=" ...")
 
 
 def _difference(what: str, answer: Answer, expected: Answer) -> str:

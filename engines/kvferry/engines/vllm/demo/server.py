@@ -170,15 +170,17 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let the engine end, or kill it where something went wrong."""
+        """Let the engine end; where something went wrong with it, kill it and show the end of its log."""
         if self._processes is not None and kind is None:
             self._processes.stop(STOP_DEADLINE_S)
+        if self._processes is not None and isinstance(error, click.ClickException):
+            click.echo(f"The end of vLLM's log:\n{self._processes.log_tail()}", err=True)
         self.kill()
 
     def kill(self) -> None:
         """Send SIGKILL to every process of the engine and wait until all are gone."""
         if self._processes is not None:
-            self._processes.kill(STOP_DEADLINE_S)
+            self._processes.kill()
 
     def _wait_until_healthy(self, processes: ProcessGroup) -> None:
         started = time.monotonic()
