@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["ProcessGroup"]
@@ -59,7 +59,7 @@ class ProcessGroup:
         self.kill()
 
     def kill(self) -> None:
-        """Send SIGKILL to all processes, wait until they are gone, and remove their shared memory.
+        """Send SIGKILL to all processes, and wait until they and their shared memory are gone.
 
         Calling it again does nothing.
         """
@@ -75,33 +75,36 @@ class ProcessGroup:
 
 
 def _kill(group: int) -> None:
-    """Kill a process group, wait until it is gone, and remove the shared memory it had."""
-    mapped = {path for process in _alive(group) for path in _shared_memory(process)}
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    """Kill a process group and wait until it is gone.
+
+    Python's resource trackers are spared: when the last process they serve is dead they remove its shared memory
+    and semaphores, which nobody else would do, and end.
+    """
     deadline = time.monotonic() + _DEADLINE_S
-    while any(_alive(group)) and time.monotonic() < deadline:
+    while processes := _alive(group):
+        is_late = time.monotonic() > deadline
+        for process in processes:
+            if is_late or not _is_tracker(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process.name), signal.SIGKILL)
         time.sleep(0.02)
-    for path in mapped:
-        path.unlink(missing_ok=True)
 
 
-def _alive(group: int) -> Iterator[Path]:
-    """Yield the /proc directory of each process of a group that is not a zombie."""
+def _alive(group: int) -> list[Path]:
+    """Return the /proc directory of each process of a group that is not a zombie."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, process_group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(process_group) == group and state != "Z":
-                yield process
+                found.append(process)
+    return found
 
 
-def _shared_memory(process: Path) -> Iterator[Path]:
-    """Yield the files below /dev/shm that a process maps; nobody removes those of a killed one."""
+def _is_tracker(process: Path) -> bool:
     with contextlib.suppress(OSError):
-        for line in (process / "maps").read_text().splitlines():
-            _, found, name = line.partition("/dev/shm/")
-            if found and not name.endswith(" (deleted)"):
-                yield Path(found + name)
+        return b"multiprocessing.resource_tracker" in (process / "cmdline").read_bytes()
+    return False
 
 
 if __name__ == "__main__":
