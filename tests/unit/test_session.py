@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from played_engine import LAYOUT, PlayedEngine, Request
 
 from kvferry.connector.config import Config, HostConfig
 from kvferry.connector.keys import Extra, Scope
 from kvferry.engines.jobs import BlockCopy, LoadJob, StepJobs, WorkerReport
-from played_engine import LAYOUT, PlayedEngine, Request
 
 BLOCK = LAYOUT.block_tokens
 

@@ -128,7 +128,7 @@ class BlockRefused(KVFerryError):
     Args:
         key: The block that was asked for.
         reason: One word for counters: ``magic``, ``version``, ``key``, ``fingerprint``,
-            ``length``, ``codec``, ``checksum`` or ``mac``.
+            ``header``, ``length``, ``codec``, ``checksum`` or ``mac``.
         why: The difference that was found.
     """
 
