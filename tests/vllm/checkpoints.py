@@ -97,3 +97,37 @@ def tiny_llama(
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return directory
+
+
+def lora_adapter(
+    directory: Path, *, layers: int = 4, hidden: int = 256, inner: int = 256, rank: int = 8, seed: int = 0
+) -> Path:
+    """Write a random LoRA adapter for ``tiny_llama`` and return its directory.
+
+    Args:
+        directory: Made if absent.
+        layers: Decoder layers of the model.
+        hidden: Width of the model's residual stream.
+        inner: Width of all its query heads together.
+        rank: Of the update.
+        seed: Of the weights.
+    """
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for layer in range(layers):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        weights[f"{name}.lora_A.weight"] = rng.standard_normal((rank, hidden)).astype(np.float32)
+        weights[f"{name}.lora_B.weight"] = rng.standard_normal((inner, rank)).astype(np.float32) / 50
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory

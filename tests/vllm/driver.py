@@ -19,6 +19,9 @@ from typing import Any
 
 Json = Any
 
+SHUTDOWN_S = 20.0
+"""vLLM's default kills the scheduler's process after 5 seconds, most of which its workers may take."""
+
 
 class Driver:
     """Answers commands with one ``AsyncLLM``."""
@@ -68,10 +71,7 @@ class Driver:
         outputs = self._engine.generate(
             _prompt(request), sampling, f"request-{self._serial}", lora_request=_adapter(request)
         )
-        last = None
-        async for last in outputs:
-            pass
-        return last
+        return [output async for output in outputs][-1]
 
 
 def _prompt(request: dict[str, Json]) -> Json:
@@ -141,7 +141,7 @@ async def serve(arguments: dict[str, Json], answers: Any) -> None:
         while line := await asyncio.to_thread(sys.stdin.readline):
             say({"answer": await driver.answer(json.loads(line))})
     finally:
-        engine.shutdown()
+        engine.shutdown(timeout=SHUTDOWN_S)
 
 
 if __name__ == "__main__":

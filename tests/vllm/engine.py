@@ -19,7 +19,10 @@ HERE = Path(__file__).parent
 START_DEADLINE_S = 600.0
 ANSWER_DEADLINE_S = 300.0
 SETTLE_DEADLINE_S = 60.0
-STOP_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 60.0
+
+TOKEN_BYTES = 4096
+"""KV of one token of the tiny checkpoint in float32."""
 
 Json = Any
 T = TypeVar("T")
@@ -142,8 +145,8 @@ class Engine:
         """Return one metric; 0 while it was never set."""
         return self.metrics().get(name, 0.0)
 
-    def settle(self) -> None:
-        """Wait until nothing is under way in kvferry, and check that nothing leaked."""
+    def settle(self, block_tokens: int = 128) -> None:
+        """Wait until nothing is under way in kvferry, and check that no page, lease or slot leaked."""
         self.reset()
         done = self._finished_requests()
         probe = {"tokens": [2, 3], "max_tokens": 1}
@@ -151,10 +154,15 @@ class Engine:
         def is_settled() -> bool:
             """Requests counted since ``done`` prove that the gauges are younger."""
             self.generate([probe])
-            held = self.metric("kvferry_leases") + self.metric("kvferry_reservations")
-            return self._finished_requests() >= done + 2 and held == 0
+            metrics = self.metrics()
+            used_slots = round(metrics["kvferry_tier_used_bytes{tier=host}"] / (block_tokens * TOKEN_BYTES))
+            return (
+                self._finished_requests() >= done + 2
+                and metrics["kvferry_leases"] == metrics["kvferry_reservations"] == 0
+                and used_slots == metrics["kvferry_tier_blocks{tier=host}"]
+            )
 
-        wait_until("no lease and no reservation is left", is_settled)
+        wait_until("no lease, reservation or slot is left over", is_settled)
 
     def _finished_requests(self) -> float:
         return sum(
@@ -183,7 +191,8 @@ class Engine:
         self._process.stdin.close()
         try:
             self._process.wait(STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
+            wait_until("the last process is gone", lambda: not _members(self._process.pid), 10.0)
+        except (subprocess.TimeoutExpired, AssertionError):
             pass
         self.kill()
 
@@ -246,6 +255,8 @@ def spawn(command: list[str], log: Path, env: dict[str, str], **pipes: int) -> s
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONHASHSEED": "random",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
     }
     with log.open("w") as stream:
         return subprocess.Popen(
@@ -253,19 +264,41 @@ def spawn(command: list[str], log: Path, env: dict[str, str], **pipes: int) -> s
         )
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """Send SIGKILL to a group made by ``spawn`` and wait until none of its processes is left."""
+def kill_group(process: subprocess.Popen[str]) -> set[str]:
+    """Send SIGKILL to a group made by ``spawn`` and wait until none of its processes is left.
+
+    Returns:
+        Names of shared memory that the group left behind in ``/dev/shm``; now removed.
+    """
+    mapped = {path for pid in _members(process.pid) for path in _mapped_shared_memory(pid)}
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait(STOP_DEADLINE_S)
-    wait_until("the engine's processes are gone", lambda: not _group_exists(process.pid))
+    wait_until("the engine's processes are gone", lambda: not _members(process.pid))
+    left = {path for path in mapped if path.exists()}
+    for path in left:
+        path.unlink()
+    return {path.name for path in left}
 
 
-def _group_exists(group: int) -> bool:
+def _members(group: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _mapped_shared_memory(pid: int) -> set[Path]:
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}

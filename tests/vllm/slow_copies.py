@@ -1,0 +1,48 @@
+"""The shipped connector with copies that a test can slow down or break, in every worker.
+
+Selected by ``kv_connector_module_path``, so it is loaded in each of vLLM's processes. What it does is read
+from the file that the environment variable ``COPIES`` names, at each block: ``gather 0.2`` or
+``scatter 0.2`` makes each such copy take that many seconds longer, ``gather fail`` raises.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvferry.connector.staging import HostStaging
+from kvferry.engines.stager import Bytes
+from kvferry.engines.vllm.connector import KVFerryConnector
+
+__all__ = ["KVFerryConnector"]
+
+_gather = HostStaging.gather
+_scatter = HostStaging.scatter
+_never = threading.Event()
+
+
+def _disturb(verb: str) -> None:
+    try:
+        wanted, how = Path(os.environ["COPIES"]).read_text().split()
+    except (FileNotFoundError, ValueError):
+        return
+    if wanted == verb:
+        if how == "fail":
+            raise RuntimeError(f"{verb} was told to fail")
+        _never.wait(float(how))
+
+
+def _disturbed_gather(self: HostStaging, page_ids: Sequence[int], slot: Bytes) -> None:
+    _disturb("gather")
+    _gather(self, page_ids, slot)
+
+
+def _disturbed_scatter(self: HostStaging, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
+    _disturb("scatter")
+    _scatter(self, slot, page_ids, first_page)
+
+
+HostStaging.gather = _disturbed_gather  # type: ignore[method-assign]
+HostStaging.scatter = _disturbed_scatter  # type: ignore[method-assign]
