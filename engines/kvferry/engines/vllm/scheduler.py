@@ -89,7 +89,7 @@ class SchedulerSide:
             layout.block_tokens,
             layout.payload_bytes,
             self._service.arena.num_slots,
-            ", ".join([HOST, *(str(tier.get("name") or tier.get("type")) for tier in config.tiers)]),
+            ", ".join([HOST, *self._service.counters().tiers]),
             fingerprint[:4].hex(),
         )
 
