@@ -58,7 +58,7 @@ def test_answers_are_the_same_after_every_kill(smollm: Path, tmp_path: Path) -> 
         server.reset()
         loaded = [server.complete(prompt) for prompt in PROMPTS[:3]]
         assert [cached for _, cached in cold] == [0, 0, 0]
-        assert min(cached for _, cached in local) >= 2 * BLOCK
+        assert min(cached for _, cached in local) >= BLOCK
         assert loaded == local, "every log-probability of a real model's answers"
         assert server.metric("vllm:external_prefix_cache_hits_total") == sum(cached for _, cached in local)
         saved = server.metric("kvferry_gathered_bytes_total")
