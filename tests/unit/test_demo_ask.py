@@ -146,6 +146,18 @@ def test_a_server_that_fails_is_an_error(server: ScriptedServer) -> None:
         ask.Client(server.url).ask("?")
 
 
+def test_an_error_in_the_stream_is_an_error(server: ScriptedServer) -> None:
+    server.events = [chunk([5], "Pa"), {"error": {"message": "EngineCore encountered an issue"}}]
+    with pytest.raises(click.ClickException, match="broke off: .*EngineCore encountered an issue"):
+        ask.Client(server.url).ask("?")
+
+
+def test_a_stream_that_ends_early_is_an_error(server: ScriptedServer) -> None:
+    del server.events[-1]
+    with pytest.raises(click.ClickException, match="broke off without an answer"):
+        ask.Client(server.url).ask("?")
+
+
 def test_a_server_that_is_gone_is_an_error(server: ScriptedServer) -> None:
     url = server.url.rsplit(":", 1)[0]
     with pytest.raises(click.ClickException, match="the server did not answer"):

@@ -6,6 +6,7 @@ says it with each answer, and its ``/metrics`` page says where the bytes came fr
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import time
@@ -157,12 +158,16 @@ class Client:
         usage: dict[str, Any] = {}
         started = time.perf_counter()
         for event in self._events("/v1/chat/completions", body):
+            if "error" in event:
+                raise click.ClickException(f"the server broke off: {event['error']}")
             for choice in event["choices"]:
                 if choice.get("token_ids") and not tokens:
                     first_token_s = time.perf_counter() - started
                 tokens += choice.get("token_ids") or []
                 text += choice["delta"].get("content") or ""
             usage = event.get("usage") or usage
+        if not usage or not tokens:
+            raise click.ClickException("the server broke off without an answer")
         reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Answer(text.strip(), tuple(tokens), first_token_s, usage["prompt_tokens"], reused)
 
@@ -175,5 +180,5 @@ class Client:
                     payload = line.removeprefix(b"data: ").strip()
                     if payload and payload != b"[DONE]":
                         yield json.loads(payload)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise click.ClickException(f"the server did not answer: {error}") from error
