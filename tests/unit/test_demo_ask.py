@@ -148,7 +148,7 @@ def test_a_server_that_fails_is_an_error(server: ScriptedServer) -> None:
 
 def test_an_error_in_the_stream_is_an_error(server: ScriptedServer) -> None:
     server.events = [chunk([5], "Pa"), {"error": {"message": "EngineCore encountered an issue"}}]
-    with pytest.raises(click.ClickException, match="broke off: .*EngineCore encountered an issue"):
+    with pytest.raises(click.ClickException, match=r"broke off: .*EngineCore"):
         ask.Client(server.url).ask("?")
 
 
