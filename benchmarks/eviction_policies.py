@@ -9,43 +9,17 @@ is a block of the *prefix* that is ready: a block behind a hole counts as missed
 
 from __future__ import annotations
 
-import itertools
-import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from kvferry.connector.keys import KEY_BYTES, BlockKey
+from kvferry.connector.bench.loads import Load, of_trace, zipf_with_scans
 from kvferry.connector.manager import BlockManager
 from kvferry.connector.policy import POLICIES, EvictionPolicy
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Capacities, as shares of the distinct blocks of the load."""
-DOCUMENT_BLOCKS = 16
-
-Load = Sequence[Sequence[BlockKey]]
-
-
-def key(number: int) -> BlockKey:
-    return BlockKey(number.to_bytes(KEY_BYTES, "big"))
-
-
-def of_trace(path: Path) -> Load:
-    """Return each request's block keys."""
-    with path.open() as lines:
-        return [[key(number) for number in json.loads(line)["hash_ids"]] for line in lines]
-
-
-def zipf_with_scans(requests: int = 20_000, documents: int = 2_000, scan_share: float = 0.3) -> Load:
-    """Return questions about documents of Zipf popularity, among requests that never come back."""
-    chance = random.Random(1)
-    ranks = range(1, documents + 1)
-    popular = chance.choices(ranks, [1 / rank for rank in ranks], k=requests)
-    fresh = itertools.count(documents + 1)
-    numbers = (next(fresh) if chance.random() < scan_share else rank for rank in popular)
-    return [[key(number * DOCUMENT_BLOCKS + i) for i in range(DOCUMENT_BLOCKS)] for number in numbers]
 
 
 def hit_rate(load: Load, slots: int, policy: EvictionPolicy) -> float:

@@ -106,7 +106,7 @@ def empty_frame(key: BlockKey) -> Frame:
     """Return a frame with buffers as the arena would give them: aligned, full of something else."""
     slot = memoryview(mmap.mmap(-1, LAYOUT.slot_bytes))
     slot[:] = b"\xee" * LAYOUT.slot_bytes
-    return Frame(key, memoryview(bytearray(HEADER_BYTES)), slot)
+    return Frame(key, memoryview(bytearray(HEADER_BYTES)), slot, LAYOUT.payload_bytes)
 
 
 def sealed_frame(key: BlockKey) -> Frame:

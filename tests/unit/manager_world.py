@@ -5,6 +5,9 @@ expired. Tiers' threads fill slots at any moment until the final report; tiers k
 fail, answer late, and hold old bytes until a delete has run. Bytes tell which block they belong to and
 which weights (epoch; ``clear`` begins a new one) they were computed with, so any mix-up is seen by
 looking at what a lease covers.
+
+Three tiers: ``near`` is this process's own and scanned at the start, ``far`` is written to only when the
+arena runs short of room, ``common`` is shared: others put blocks in and take them out without a word.
 """
 
 from __future__ import annotations
@@ -22,8 +25,12 @@ from kvferry.connector.tier import Outcome
 NUM_SLOTS = 5
 LEASE_S = 10.0
 RETRY_S = 20.0
+ABSENT_S = 3.0
+LOAD_S = 1.0
+SPEEDS = (None, None, 0.01, 100.0)
+"""Seconds in which an engine computes a block, where it knows: less than a tier needs, or more."""
 QUEUE_BLOCKS = 3
-TIERS = ("near", "far")
+TIERS = ("near", "far", "common")
 OWNERS = ("r1", "r2", "r3")
 FAULTS = ("", "", "", "fail", "refuse", "odd")
 TIMES_S = (1.0, 4.0, 4.0, 11.0)
@@ -96,11 +103,25 @@ class World:
         self.held: dict[str, set[BlockKey]] = {}
         self.held_until: dict[str, float] = {}
         self.waiting: dict[BlockKey, set[str]] = {}
+        self.promoted = 0
+        self.declined = 0
+        self.found_by_asking = 0
         self.manager = BlockManager(
             NUM_SLOTS,
             POLICIES[policy](),
-            [LowerTierSpec("near", QUEUE_BLOCKS, has_scan=True), LowerTierSpec("far", QUEUE_BLOCKS)],
-            ManagerOptions(lease_s=LEASE_S, retry_failed_s=RETRY_S, batch_blocks=2, remembered_blocks=16),
+            [
+                LowerTierSpec(name="near", queue_blocks=QUEUE_BLOCKS, has_scan=True),
+                LowerTierSpec(name="far", queue_blocks=QUEUE_BLOCKS, is_deferred=True),
+                LowerTierSpec(name="common", queue_blocks=QUEUE_BLOCKS, is_shared=True),
+            ],
+            ManagerOptions(
+                lease_s=LEASE_S,
+                retry_failed_s=RETRY_S,
+                batch_blocks=2,
+                remembered_blocks=16,
+                answered_blocks=6,
+                absent_s=ABSENT_S,
+            ),
             on_generation=self.handed_out,
         )
         if is_scanned:
@@ -147,29 +168,52 @@ class World:
         assert all(name == HOST for name in match.tiers[: match.ready])
         assert match == self.manager.lookup(keys, self.now)
 
-    def prefetch(self, owner: str, keys: list[BlockKey]) -> None:
+    def prefetch(self, owner: str, keys: list[BlockKey], block_s: float | None = None) -> None:
         match = self.manager.lookup(keys, self.now)
-        coming, transfers = self.manager.prefetch(owner, keys, self.now)
-        assert match.ready <= coming <= match.reachable
-        loaded = [key for transfer in transfers for key in transfer.keys]
+        found, transfers = self.manager.prefetch(owner, keys, self.now, block_s)
+        coming = found.blocks
+        assert match.ready <= coming <= len(keys)
+        assert coming <= match.reachable or match.missing is MissReason.NOT_ASKED
+        asked = [
+            key for transfer in transfers if transfer.direction is Direction.ASK for key in transfer.keys
+        ]
+        assert not set(asked) & self.asked(), "a block is asked for twice at once"
+        loaded = [
+            key for transfer in transfers if transfer.direction is Direction.LOAD for key in transfer.keys
+        ]
         assert not set(loaded) & set(self.waiting), "a block is loaded twice at once"
         self.submit(transfers)
         if not match.reachable:
             return
         self.held_until[owner] = self.now + LEASE_S
         held = self.held.setdefault(owner, set())
-        for key, tier in zip(keys[: match.reachable], match.tiers, strict=True):
-            if tier == HOST:
+        for index, (key, tier) in enumerate(zip(keys[: match.reachable], match.tiers, strict=True)):
+            if tier == HOST and index < coming:
                 held.add(key)
-            elif key in loaded or key in self.waiting:
-                self.waiting.setdefault(key, set()).add(owner)
-        assert all(key in self.waiting or self.is_ready(key) for key in keys[:coming])
+            elif key in loaded or (key in self.waiting and index < coming):
+                owners = self.waiting.setdefault(key, set())
+                if index < coming:  # the rest is a probe of a tier, and nobody's
+                    owners.add(owner)
+        self.declined += found.cut is MissReason.SLOWER
+        assert all(key in self.waiting or self.is_ready(key) for key in keys[: min(coming, match.reachable)])
+
+    def asked(self) -> set[BlockKey]:
+        """Return the blocks of which a tier is being asked and has time left to answer."""
+        return {
+            key
+            for flight in self.flights
+            if flight.transfer.direction is Direction.ASK
+            and not flight.is_late
+            and flight.epoch == self.epoch
+            for key in flight.transfer.keys
+        }
 
     def fetch(self, owner: str, keys: list[BlockKey]) -> None:
-        """The common case of a hit at one go."""
-        self.prefetch(owner, keys)
-        for flight in [one for one in self.flights if one.transfer.direction is Direction.LOAD]:
-            self.transfer_ends(self.flights.index(flight), [])
+        """The common case of a hit at one go: ask, load, lease."""
+        for direction in (Direction.ASK, Direction.LOAD):
+            self.prefetch(owner, keys)
+            for flight in [one for one in self.flights if one.transfer.direction is direction]:
+                self.transfer_ends(self.flights.index(flight), [])
         self.lease(owner, keys)
         self.release_owner(owner)
 
@@ -265,6 +309,7 @@ class World:
         self.waiting.clear()
         for writer in self.writers:
             writer.is_void = True
+        self.stored["common"].clear()  # what others put there has other keys from now on
         self.submit(self.manager.clear(self.now))
         assert not any(self.manager.lookup([key], self.now).reachable for key in KEYS)
 
@@ -322,20 +367,25 @@ class World:
             Direction.LOAD: self.tier_loads,
             Direction.STORE: self.tier_stores,
             Direction.DELETE: self.tier_deletes,
+            Direction.ASK: self.tier_answers,
         }
         faults = (faults + [""] * len(transfer.keys))[: len(transfer.keys)]
         outcomes = tuple(by_direction[transfer.direction](flight, faults))
         refused = tuple(key for key, fault in zip(transfer.keys, faults, strict=True) if fault == "refuse")
         if transfer.direction is not Direction.LOAD:
             refused = ()
-        result = TransferResult(transfer, outcomes, True, ("checksum",) * len(refused), refused)
+        result = TransferResult(
+            transfer, outcomes, True, ("checksum",) * len(refused), refused, duration_s=LOAD_S
+        )
         if transfer.direction is Direction.LOAD and flight.epoch == self.epoch:
             self.good.update(
                 key for key, found in zip(transfer.keys, outcomes, strict=True) if found is Outcome.OK
             )
         followers = self.manager.on_result(result, self.now)
         if transfer.direction is Direction.LOAD:
-            retried = {key for follower in followers for key in follower.keys}
+            loads = [follower for follower in followers if follower.direction is Direction.LOAD]
+            self.promoted += sum(len(one.keys) for one in followers if one.direction is Direction.STORE)
+            retried = {key for follower in loads for key in follower.keys}
             for key, outcome in zip(transfer.keys, outcomes, strict=True):
                 if key in retried or flight.is_late:
                     continue
@@ -370,7 +420,10 @@ class World:
             if fault == "fail":
                 yield Outcome.NO_ROOM
                 continue
-            self.stored[transfer.tier].setdefault(key, bytes(self.contents[slot]))
+            if (
+                transfer.tier != "common" or flight.epoch == self.epoch
+            ):  # else it goes there under another key
+                self.stored[transfer.tier].setdefault(key, bytes(self.contents[slot]))
             yield Outcome.FAILED if fault else Outcome.OK
 
     def tier_deletes(self, flight: Flight, faults: list[str]) -> Iterator[Outcome]:
@@ -379,11 +432,23 @@ class World:
                 self.stored[flight.transfer.tier].pop(key, None)
             yield Outcome.FAILED if fault else Outcome.OK
 
+    def tier_answers(self, flight: Flight, faults: list[str]) -> Iterator[Outcome]:
+        for key, fault in zip(flight.transfer.keys, faults, strict=True):
+            is_held = key in self.stored[flight.transfer.tier]
+            self.found_by_asking += is_held and not fault
+            yield Outcome.FAILED if fault else Outcome.OK if is_held else Outcome.MISSING
+
     def tier_evicts(self, tier: str, pick: int) -> None:
         if self.stored[tier]:
             key = sorted(self.stored[tier])[pick % len(self.stored[tier])]
             del self.stored[tier][key]
-            self.unreported.append((tier, key))
+            if tier != "common":
+                self.unreported.append((tier, key))
+
+    def others_store(self, keys: list[BlockKey]) -> None:
+        """Another engine computes blocks and puts them into the shared tier."""
+        for key in keys:
+            self.stored["common"].setdefault(key, block_bytes(key, self.epoch))
 
     def tier_reports_eviction(self) -> None:
         if not self.unreported:
@@ -484,7 +549,7 @@ def _some_faults(random: Random) -> list[str]:
 
 ACTIONS: tuple[tuple[int, Callable[[World, Random], None]], ...] = (
     (4, lambda w, r: w.lookup(_some_prefix(r))),
-    (6, lambda w, r: w.prefetch(r.choice(OWNERS), _some_prefix(r))),
+    (6, lambda w, r: w.prefetch(r.choice(OWNERS), _some_prefix(r), r.choice(SPEEDS))),
     (6, lambda w, r: w.fetch(r.choice(OWNERS), _some_prefix(r))),
     (4, lambda w, r: w.lease(r.choice(OWNERS), _some_prefix(r))),
     (5, lambda w, r: w.release(_pick(r))),
@@ -503,6 +568,7 @@ ACTIONS: tuple[tuple[int, Callable[[World, Random], None]], ...] = (
     (6, lambda w, r: w.transfer_ends(_pick(r), _some_faults(r))),
     (6, lambda w, r: w.transfers_end_well([_pick(r) for _ in range(r.randrange(6))])),
     (2, lambda w, r: w.tier_evicts(r.choice(TIERS), _pick(r))),
+    (2, lambda w, r: w.others_store(_some_prefix(r))),
     (2, lambda w, r: w.tier_reports_eviction()),
     (2, lambda w, r: w.tier_scans(r.randrange(1, 6))),
     (1, lambda w, r: w.tier_is_switched(r.choice(TIERS), r.random() < 0.7)),

@@ -18,6 +18,7 @@ from kvferry.connector.embedded import EmbeddedService
 from kvferry.connector.explain import RequestRecord
 from kvferry.connector.layout import BlockLayout, PageLayout
 from kvferry.connector.registry import PluginRegistry
+from kvferry.connector.service import CacheService
 from kvferry.connector.staging import HostStaging
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.session import EngineSessions, RequestInfo
@@ -147,10 +148,12 @@ class PlayedEngine:
         num_pages: int = 24,
         clock: Callable[[], float] = time.monotonic,
         registry: PluginRegistry | None = None,
+        service: CacheService | None = None,
     ) -> None:
-        self.service = EmbeddedService(
+        self.service = service or EmbeddedService(
             config, LAYOUT, FINGERPRINT, registry or PluginRegistry(config.plugins), clock=clock
         )
+        self.clock = clock
         self.records: list[RequestRecord] = []
         self.sessions = EngineSessions(
             self.service, config, FINGERPRINT, PAGE_TOKENS, world_size, self.records.append, clock
@@ -190,6 +193,10 @@ class PlayedEngine:
         for request, count in scheduled:
             self.sessions.computed(request.name, request.tokens, request.computed + count, request.pages)
         jobs = self.sessions.take_jobs()
+        prompt_tokens = sum(
+            count for request, count in scheduled if len(request.tokens) - request.computed > 1
+        )
+        self.sessions.prefill.step_planned(prompt_tokens, self.clock())
         for rank in self.ranks:
             rank.fence(jobs)
         for page in self._poisoned:
@@ -200,6 +207,7 @@ class PlayedEngine:
             self._forward(request, count)
         for rank in self.ranks:
             rank.submit(jobs)
+        self.sessions.prefill.step_ended(self.clock())
         if collect:
             self._collect()
 

@@ -263,3 +263,43 @@ def test_a_control_groups_limit_counts(tmp_path: Path) -> None:
     assert memory.huge_page_bytes(proc) == 1 << 20
     (root / "pod/memory.max").write_text("max")
     assert memory.available_bytes(proc, root) == 90000 * 1024
+
+
+class TestLifeline:
+    """Whoever maps a cache server's arena holds its lifeline."""
+
+    def test_it_is_held_until_the_arena_is_closed(self, arena: Arena) -> None:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        attached = Arena.attach(msgspec.structs.replace(arena.handle, lifeline_fd=write_end))
+        os.close(write_end)
+        with pytest.raises(BlockingIOError):
+            os.read(read_end, 1)
+        attached.close()
+        assert os.read(read_end, 1) == b"", "nobody holds it any more"
+        os.close(read_end)
+
+    def test_a_server_that_is_gone_is_not_waited_for(self, arena: Arena) -> None:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        os.close(read_end)
+        Arena.attach(msgspec.structs.replace(arena.handle, lifeline_fd=write_end)).close()
+        os.close(write_end)
+
+    def test_what_is_no_pipe_is_refused(self, arena: Arena, tmp_path: Path) -> None:
+        with (tmp_path / "file").open("wb") as file:
+            with pytest.raises(ArenaError, match="no lifeline"):
+                Arena.attach(msgspec.structs.replace(arena.handle, lifeline_fd=file.fileno()))
+
+    def test_it_is_let_go_when_the_arena_is_the_wrong_one(self, arena: Arena) -> None:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        wrong = msgspec.structs.replace(arena.handle, lifeline_fd=write_end, arena_id=bytes(16))
+        with pytest.raises(ArenaError, match="another arena"):
+            Arena.attach(wrong)
+        os.close(write_end)
+        assert os.read(read_end, 1) == b""
+        os.close(read_end)
+
+
+def test_a_descriptor_is_verified_before_it_is_exported(arena: Arena) -> None:
+    Arena.verify(arena.handle.fd, arena.handle)
+    with pytest.raises(ArenaError, match="another arena"):
+        Arena.verify(arena.handle.fd, msgspec.structs.replace(arena.handle, arena_id=bytes(16)))

@@ -15,7 +15,7 @@ from kvferry.connector.bench.run import all_cases, run_case
 from kvferry.connector.cli import main
 from kvferry.connector.registry import PluginRegistry
 
-CORE = {"host", "disk", "lookup", "hashing"}
+CORE = {"host", "disk", "lookup", "hashing", "admission"}
 
 
 @pytest.mark.parametrize("case", sorted(CORE))

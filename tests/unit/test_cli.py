@@ -17,6 +17,7 @@ from kvferry.connector.cli.output import clean, table
 from kvferry.connector.errors import TierUnavailable
 from kvferry.connector.explain import ExplainLog, RequestRecord
 from kvferry.connector.hooks import hookimpl
+from kvferry.connector.offers import OWN_COMMANDS
 
 TRANSFER = {"kv_connector": "KVFerryConnector", "kv_role": "kv_both", "kv_connector_extra_config": {}}
 
@@ -45,18 +46,28 @@ class _Plugin:
         def sink() -> None:
             raise TierUnavailable("disk", "the disk is gone", "plug it in")
 
+        return [greet, sink]
+
+
+class _Impostor:
+    @hookimpl
+    def kvferry_commands(self) -> Sequence[click.Command]:
         @click.command()
         def doctor() -> None:
             click.echo("an impostor")
 
-        return [greet, sink, doctor]
+        return [doctor]
 
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> str:
     """A module that adds commands, named by the environment's configuration."""
+    return configured(_Plugin(), monkeypatch)
+
+
+def configured(commands: _Plugin | _Impostor, monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("kvferry_test_commands")
-    module.kvferry_commands = _Plugin().kvferry_commands  # type: ignore[attr-defined]
+    module.kvferry_commands = commands.kvferry_commands  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("KVFERRY_PLUGINS", module.__name__)
     return module.__name__
@@ -84,8 +95,23 @@ def test_a_plugins_command_is_listed_and_runs(plugin: str) -> None:
     assert run("greet").stdout == "hello\n"
 
 
-def test_a_plugin_cannot_replace_our_commands(plugin: str) -> None:
+def test_a_plugin_cannot_replace_our_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = configured(_Impostor(), monkeypatch)
     assert "impostor" not in run("doctor").stdout
+    assert f"plugin '{name}' failed in kvferry_commands" in run("plugins").stdout
+
+
+def test_serve_without_its_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kvferry.connector.server.running", raising=False)
+    monkeypatch.delitem(sys.modules, "kvferry.connector.server.http", raising=False)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    result = run("serve", "--http", "127.0.0.1:0")
+    assert result.exit_code == 1
+    assert "pip install 'kvferry[server]'" in result.output
+
+
+def test_the_names_of_our_commands_are_reserved() -> None:
+    assert set(main.commands) == OWN_COMMANDS
 
 
 def test_an_error_raised_on_purpose_is_one_line(plugin: str) -> None:

@@ -144,8 +144,8 @@ def test_buffers_of_the_wrong_length_are_refused_before_anything_is_written(tmp_
     opened = open_tier(tmp_path, CAPACITY)
     good, frame = sealed_frame(KEYS[0]), sealed_frame(KEYS[1])
     for bad in (
-        Frame(KEYS[1], frame.header[:100], frame.payload),
-        Frame(KEYS[1], frame.header, frame.payload[:4096]),
+        Frame(KEYS[1], frame.header[:100], frame.payload, frame.length),
+        Frame(KEYS[1], frame.header, frame.payload[:4096], frame.length),
     ):
         with pytest.raises(LayoutError, match=KEYS[1][:4].hex()):
             opened.store([good, bad])

@@ -9,10 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import json
-import logging
-import os
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +21,13 @@ import pytest
 
 from kvferry.connector import config, errors, frame, hooks, metrics
 from kvferry.connector.cli import main
-from kvferry.connector.keys import BlockKey
-from kvferry.connector.layout import BlockLayout
+from kvferry.connector.server import config as server_config
+from kvferry.connector.server.access import Access
+from kvferry.connector.server.settings import load_server_settings
 from kvferry.connector.service import MissReason
 from kvferry.connector.settings import load_settings, split_tier, typed_options
-from kvferry.connector.tier import Capabilities, Frame, Outcome, Tier, TierContext, TierType
+from kvferry.connector.testing import TierTests
+from kvferry.connector.tier import TierType
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -68,7 +67,7 @@ def plugin_tier_types() -> list[TierType]:
         importlib.import_module(f"kvferry.plugins.{path.parent.name}")
         for path in folder.glob("*/__init__.py")
     ]
-    found = [tier_type for module in modules for tier_type in module.kvferry_tier_types()]
+    found = [tier_type for module in modules for tier_type in getattr(module, "kvferry_tier_types", list)()]
     assert found
     return found
 
@@ -91,15 +90,21 @@ def test_there_are_hooks() -> None:
 
 
 @pytest.mark.parametrize(
-    "struct", [config.Config, config.HostConfig, config.ExplainConfig, config.TierConfig, *(
-        tier_type.options for tier_type in plugin_tier_types()
-    )]
+    ("struct", "table"), [
+        (config.Config, ""), (config.HostConfig, "host"), (config.ExplainConfig, "explain"), (config.TlsConfig, "tls"),
+        (config.TierConfig, "tiers"), (server_config.ServerConfig, "server"),
+        (server_config.ServerTlsConfig, "server.tls"), (server_config.TenantConfig, "tenants"),
+        *((tier_type.options, f"The {tier_type.name} tier") for tier_type in plugin_tier_types()),
+    ]
 )  # fmt: skip
-def test_every_configuration_key_is_documented(struct: type[msgspec.Struct]) -> None:
+def test_every_configuration_key_is_documented(struct: type[msgspec.Struct], table: str) -> None:
     page = built("configuration.md")
+    section = page.partition(f"\n## {table}\n")[2].partition("\n## ")[0] if table else page
     for field in msgspec.structs.fields(struct):
-        is_section = isinstance(field.default, msgspec.Struct)
-        assert (f"\n## {field.name}\n" if is_section else f"| `{field.name}` |") in page
+        if isinstance(field.default, msgspec.Struct):
+            assert f"\n## {'.'.join(filter(None, (table, field.name)))}\n" in page
+        else:
+            assert f"| `{field.name}` |" in section
 
 
 @pytest.mark.parametrize("tier_type", plugin_tier_types(), ids=lambda tier_type: tier_type.name)
@@ -127,7 +132,7 @@ def test_every_reason_for_a_miss_says_what_to_do(reason: str) -> None:
 
 def test_every_reason_for_refusing_a_frame_is_in_the_format() -> None:
     page = (DOCS / "reference" / "frame-format.md").read_text()
-    reasons = set(re.findall(r'\("(\w+)", [^)]*==', inspect.getsource(frame.FrameSeal.verify)))
+    reasons = set(re.findall(r'^ +\("(\w+)", ', inspect.getsource(frame.FrameSeal.verify), re.MULTILINE))
     assert {"magic", "key", "fingerprint", "length"} <= reasons
     assert [reason for reason in reasons | {"checksum", "mac"} if f"`{reason}`" not in page] == []
     assert f"{frame.HEADER_BYTES} bytes of header" in page
@@ -167,6 +172,10 @@ def test_every_decision_is_listed() -> None:
     assert [page.name for page in pages if f"]({page.name})" not in listed] == []
 
 
+def is_a_servers(toml: str) -> bool:
+    return re.search(r"^\[(server|\[tenants)\b", toml, re.MULTILINE) is not None
+
+
 def configurations() -> Iterator[tuple[str, dict[str, object]]]:
     """Every configuration in the documentation: connector flags, JSON fragments, TOML files."""
     for page, body in code_blocks("bash"):
@@ -175,7 +184,7 @@ def configurations() -> Iterator[tuple[str, dict[str, object]]]:
     for page, body in code_blocks("json"):
         yield page, json.loads(body)
     for page, body in code_blocks("toml"):
-        if "[project" not in body:
+        if "[project" not in body and not is_a_servers(body):
             yield page, tomllib.loads(body)
 
 
@@ -189,7 +198,23 @@ def test_every_configuration_in_the_docs_is_valid(page: str, values: dict[str, o
         if own.type in known:
             typed_options(known[own.type], options, "tier")
         else:
-            assert page == "docs/how-to/write-a-tier-plugin.md"
+            assert page in ("docs/how-to/write-a-tier-plugin.md", "docs/examples/kvferry-sqlite/README.md")
+
+
+@pytest.mark.parametrize(
+    ("page", "body"),
+    [(page, body) for page, body in code_blocks("toml") if is_a_servers(body)],
+    ids=lambda value: value if value.endswith(".md") else "",
+)
+def test_every_servers_file_in_the_docs_is_valid(page: str, body: str, tmp_path: Path) -> None:
+    known = {tier_type.name: tier_type for tier_type in plugin_tier_types()}
+    path = tmp_path / "kvferry.toml"
+    path.write_text(body)
+    settings = load_server_settings(str(path), {})
+    assert Access(settings.server, settings.tenants).addresses
+    for tier in settings.cache.tiers:
+        own, options = split_tier(tier)
+        typed_options(known[own.type], options, "tier")
 
 
 def test_every_flag_is_complete() -> None:
@@ -213,47 +238,6 @@ def test_every_python_example_compiles(page: str, body: str) -> None:
     compile(body, page, "exec")
 
 
-@pytest.fixture
-def tutorial_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
-    """The tier of the how-to page, built the way kvferry builds one."""
-    (body,) = [body for page, body in code_blocks("python") if page.endswith("write-a-tier-plugin.md")]
-    path = tmp_path / "my_tier.py"
-    path.write_text(body)
-    module = load_module(path)
-    monkeypatch.setitem(sys.modules, "my_tier", module)
-    (tier_type,) = module.kvferry_tier_types()
-    layout = BlockLayout(num_layers=2, num_kv_heads=2, block_tokens=64, head_dim=16, itemsize=2)
-    context = TierContext(
-        name="files",
-        layout=layout,
-        fingerprint=bytes(32),
-        instance="",
-        on_removed=lambda keys: None,
-        make_eviction_policy=lambda name: None,
-        logger=logging.getLogger("test"),
-    )
-    options = typed_options(tier_type, {"path": str(tmp_path / "blocks")}, "tiers[0]")
-    tier: Tier = tier_type.create(options, context)
-    return tier
-
-
-def test_the_tier_of_the_how_to_works(tutorial_tier: Tier) -> None:
-    key, other = BlockKey(os.urandom(32)), BlockKey(os.urandom(32))
-    stored = Frame(key, memoryview(os.urandom(frame.HEADER_BYTES)), memoryview(os.urandom(32768)))
-    assert isinstance(tutorial_tier, Tier)
-    assert tutorial_tier.capabilities == Capabilities(is_persistent=True, is_shared=True, is_bounded=False)
-    assert tutorial_tier.store([stored, stored]) == [Outcome.OK, Outcome.OK]
-    assert tutorial_tier.contains([key, other]) == [True, False]
-
-    loaded = [
-        Frame(name, memoryview(bytearray(frame.HEADER_BYTES)), memoryview(bytearray(32768)))
-        for name in (key, other)
-    ]
-    assert tutorial_tier.load(loaded) == [Outcome.OK, Outcome.MISSING]
-    assert (loaded[0].header, loaded[0].payload) == (stored.header, stored.payload)
-    assert list(tutorial_tier.scan()) == [key]
-    assert tutorial_tier.stats().blocks == 1
-
-    tutorial_tier.delete([key, other])
-    assert list(tutorial_tier.scan()) == []
-    tutorial_tier.close()
+@pytest.mark.parametrize("check", [name for name in dir(TierTests) if name.startswith("test_")])
+def test_every_check_of_the_kit_is_documented(check: str) -> None:
+    assert f"| `{check.removeprefix('test_')}` | " in built("testing.md")

@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import faulty
@@ -15,7 +15,7 @@ from kvferry.connector.arena import Arena
 from kvferry.connector.config import Config, HostConfig
 from kvferry.connector.embedded import EmbeddedService
 from kvferry.connector.errors import ArenaError, ClosedError, ConfigError, KVFerryError, LeaseError
-from kvferry.connector.frame import FrameSeal
+from kvferry.connector.frame import CODEC_NONE, FrameSeal, Sealed
 from kvferry.connector.hooks import hookimpl
 from kvferry.connector.keys import BlockKey, KeyChain, Scope, root_key
 from kvferry.connector.layout import BlockLayout
@@ -68,7 +68,7 @@ class Worker:
 
     def load(self, keys: Sequence[BlockKey], owner: str = "load", wait_s: float = DEADLINE_S) -> int:
         """Prefetch, wait, lease, read; return how many blocks were read, every byte of them checked."""
-        coming = self.service.prefetch(owner, keys)
+        coming = self.service.prefetch(owner, keys).blocks
         self.wait_until(lambda: self.service.lookup(keys).ready >= coming or not self.is_moving(), wait_s)
         return self.read(keys, owner)
 
@@ -191,7 +191,7 @@ def test_eviction_pressure_moves_blocks_to_the_tier_and_back(start: Callable[...
 
 
 def test_what_a_tier_drops_is_no_longer_offered(start: Callable[..., Worker]) -> None:
-    worker = start(slots=4, tiers=[{"type": "memory", "capacity_blocks": 8}])
+    worker = start(slots=4, tiers=[{"type": "memory", "capacity_blocks": 8, "admission": "always"}])
     for number in range(20):
         worker.save(prefix(2, str(number)))
         worker.settle()
@@ -288,10 +288,16 @@ def test_without_verification_the_same_faults_are_noticed(
     start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: these tests see a single wrong bit."""
-    monkeypatch.setattr(FrameSeal, "verify", lambda seal, key, header, payload: None)
+    monkeypatch.setattr(FrameSeal, "verify", accept_anything)
     worker = start(**faulty_settings(modes=["bit_flip"], seed=7))
     with pytest.raises(AssertionError):
         run_at_random(worker, 1500, seed=3)
+
+
+def accept_anything(
+    seal: FrameSeal, key: BlockKey, header: memoryview, payload: memoryview, codecs: Container[int] = ()
+) -> Sealed:
+    return Sealed(CODEC_NONE, seal.payload_bytes)
 
 
 def run_at_random(worker: Worker, steps: int, seed: int, until: Callable[[], bool] = lambda: True) -> int:
@@ -328,7 +334,7 @@ def test_a_late_delivery_is_a_miss_and_harms_nobody(start: Callable[..., Worker]
     for keys in (first, second):
         worker.save(keys)
         worker.settle()
-    worker.tier._options = msgspec.structs.replace(worker.tier._options, rate=1.0)
+    worker.tier.rate = 1.0
     worker.service.prefetch("r", first)
     assert worker.wait_until(lambda: worker.service.counters().tiers["f"].late_transfers > 0)
     assert worker.service.lookup(first).ready == 0
@@ -365,7 +371,7 @@ def test_concurrent_prefetches_of_one_block_are_one_load(start: Callable[..., Wo
         worker.save(keys)
         worker.settle()
     for number in range(5):
-        assert worker.service.prefetch(f"r{number}", first) == 4
+        assert worker.service.prefetch(f"r{number}", first).blocks == 4
     worker.settle()
     assert worker.service.counters().tiers["memory"].loaded_blocks == 4
     for number in range(5):
@@ -435,7 +441,7 @@ def test_a_required_tier_that_cannot_be_opened_is_the_end(
     [
         ({"type": "dsik"}, r"tiers\[0\]\.type.*did you mean 'disk'"),
         ({"type": "memory", "capacity_block": 3}, r"tiers\[0\]\.capacity_block.*'capacity_blocks'"),
-        ({"type": "memory", "threads": 0}, "threads"),
+        ({"type": "memory", "threads": -1}, "threads"),
         ({"type": "memory", "deadline_s": -1}, "deadline_s"),
     ],
 )

@@ -263,6 +263,29 @@ def test_the_story_of_a_partial_hit() -> None:
     assert "saved 14 blocks, 20 MiB" in text
 
 
+def test_the_story_of_a_load_that_was_not_worth_it() -> None:
+    fields = {
+        "missing_block": 4,
+        "missing_reason": "slower_than_recompute",
+        "expected_ms": 850.0,
+        "recompute_ms": 120.0,
+        "declined_blocks": {"s3": 40},
+        "regret_ms": 12.5,
+        "regret_tier": "disk",
+    }
+    text = "\n".join(story(record(1, block_tokens=64, **fields)))
+    assert "first missing block 4 (from token 256): computing it was faster than loading it" in text
+    assert "expected of what the tiers hold: loading 850.0 ms, computing 120.0 ms" in text
+    assert "left 40 blocks in s3: computing them was faster" in text
+    assert "lost 12.5 ms by waiting for disk" in text
+
+
+def test_the_summary_adds_up_regret() -> None:
+    records = [record(1, regret_ms=12.5, regret_tier="disk"), record(2, regret_ms=2.0, regret_tier="s3")]
+    assert "14.5 ms lost to waits that took longer than computing" in "\n".join(summary(records))
+    assert "lost" not in "\n".join(summary([record(1)]))
+
+
 def test_the_story_of_a_request_that_was_left_alone() -> None:
     assert list(story(record(1, passed="prompt embeddings")))[1:] == ["  left alone: prompt embeddings"]
 
@@ -272,7 +295,14 @@ def test_a_story_never_sends_control_characters_to_the_terminal() -> None:
     text = "\n".join(
         story(
             RequestRecord(
-                request_id=hostile, model=hostile, engine=hostile, missing_block=1, missing_reason=hostile
+                request_id=hostile,
+                model=hostile,
+                engine=hostile,
+                missing_block=1,
+                missing_reason=hostile,
+                declined_blocks={hostile: 1},
+                regret_ms=1.0,
+                regret_tier=hostile,
             )
         )
     )

@@ -1,78 +1,30 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
+from manager_kit import (
+    DISK,
+    OPTIONS,
+    S3,
+    A,
+    B,
+    assert_nothing_leaks,
+    finish,
+    late,
+    make,
+    on_disk,
+    prefetch,
+    save,
+)
 
 from kvferry.connector.errors import LeaseError, UsageError
 from kvferry.connector.keys import BlockKey
-from kvferry.connector.manager import BlockManager, LowerTierSpec, ManagerOptions
-from kvferry.connector.plan import Direction, Transfer, TransferResult
+from kvferry.connector.manager import BlockManager
+from kvferry.connector.plan import Direction, TransferResult
 from kvferry.connector.policy import LRU
 from kvferry.connector.service import HOST, MissReason, ServiceEvent
 from kvferry.connector.tier import Outcome
-
-DISK, S3 = "disk", "s3"
-OPTIONS = ManagerOptions(lease_s=60.0, retry_failed_s=30.0, batch_blocks=2, remembered_blocks=100)
-A = [BlockKey(bytes([number]) * 32) for number in range(20)]
-B = [BlockKey(bytes([100 + number]) * 32) for number in range(20)]
-
-
-def make(
-    slots: int = 8, tiers: Sequence[str] = (), queue_blocks: int = 100, scan: bool = False
-) -> BlockManager:
-    specs = [LowerTierSpec(name, queue_blocks, has_scan=scan) for name in tiers]
-    return BlockManager(slots, LRU(), specs, OPTIONS)
-
-
-def save(manager: BlockManager, keys: Sequence[BlockKey], now: float = 0.0) -> list[Transfer]:
-    reservation = manager.reserve("writer", keys, now)
-    return manager.commit(reservation.id, [place.key for place in reservation.places], now)
-
-
-def finish(
-    manager: BlockManager,
-    transfers: Sequence[Transfer],
-    outcome: Outcome = Outcome.OK,
-    now: float = 0.0,
-    refused: bool = False,
-) -> list[Transfer]:
-    followers = []
-    for transfer in transfers:
-        keys = transfer.keys if refused else ()
-        result = TransferResult(
-            transfer, (outcome,) * len(transfer.keys), True, ("checksum",) * len(keys), keys
-        )
-        followers += manager.on_result(result, now)
-    return followers
-
-
-def late(manager: BlockManager, transfers: Sequence[Transfer], now: float = 0.0) -> None:
-    for transfer in transfers:
-        outcomes = (Outcome.FAILED,) * len(transfer.keys)
-        manager.on_result(TransferResult(transfer, outcomes, False), now)
-
-
-def on_disk(slots: int = 8, blocks: int = 4, tiers: Sequence[str] = (DISK,)) -> BlockManager:
-    """A manager whose first tiers hold ``A[:blocks]``, the arena being empty."""
-    manager = make(slots, tiers)
-    for tier in tiers:
-        manager.on_tier_scanned(tier, A[:blocks], is_complete=True)
-    manager.take_events()
-    return manager
-
-
-def assert_nothing_leaks(manager: BlockManager) -> None:
-    held = manager.occupancy
-    assert (held.leases, held.holds, held.reservations, held.void_reservations) == (0, 0, 0, 0)
-    assert (held.loading, held.transfers) == (0, 0)
-    assert (held.slots.pinned, held.slots.reserved, held.slots.quarantined, held.slots.retired) == (
-        0,
-        0,
-        0,
-        0,
-    )
-
 
 # Lookup
 
@@ -101,6 +53,19 @@ def test_lookup_tells_the_first_tier_that_holds_each_block() -> None:
     manager.on_tier_scanned(S3, [A[1], A[2]], is_complete=True)
     save(manager, [A[0], A[3]])
     assert manager.lookup(A[:5], 0.0) == (1, 4, (HOST, DISK, S3, HOST), MissReason.NEVER_STORED)
+
+
+def test_lookups_are_counted_by_what_they_asked_for_and_where_it_was_found() -> None:
+    manager = make(8, (DISK,))
+    manager.on_tier_scanned(DISK, [A[2]], is_complete=True)
+    save(manager, A[:2])
+    manager.lookup(A[:2], 0.0)
+    manager.lookup(A[:5], 0.0)
+    manager.lookup(B[:3], 0.0)
+    counters = manager.counters
+    assert (counters.saved, counters.lookup_blocks) == (2, 10)
+    assert counters.found == {HOST: 4, DISK: 1}
+    assert counters.misses == {"never_stored": 2}
 
 
 def test_what_is_reserved_is_invisible() -> None:
@@ -197,7 +162,7 @@ def test_a_dead_owner_leaves_nothing() -> None:
     manager = make(6)
     save(manager, A[:2])
     manager.lease("dead", A[:2], 0.0)
-    manager.prefetch("dead", A[:2], 0.0)
+    prefetch(manager, "dead", A[:2], 0.0)
     manager.reserve("dead", A[2:4], 0.0)
     manager.expire(0.0)
     manager.reserve("dead", A[4:6], 50.0)
@@ -365,7 +330,7 @@ def test_a_tier_that_is_switched_off_gets_no_stores() -> None:
 
 def test_prefetch_loads_the_reachable_prefix_in_batches() -> None:
     manager = on_disk(blocks=3)
-    coming, transfers = manager.prefetch("r", A[:5], 0.0)
+    coming, transfers = prefetch(manager, "r", A[:5], 0.0)
     assert coming == 3
     assert [(one.direction, one.tier, one.keys) for one in transfers] == [
         (Direction.LOAD, DISK, tuple(A[:2])),
@@ -378,9 +343,9 @@ def test_prefetch_loads_the_reachable_prefix_in_batches() -> None:
 
 def test_a_block_is_loaded_once_for_all_who_want_it() -> None:
     manager = on_disk(slots=2, blocks=2)
-    _, transfers = manager.prefetch("one", A[:2], 0.0)
-    assert manager.prefetch("two", A[:2], 0.0) == (2, [])
-    assert manager.prefetch("one", A[:2], 0.0) == (2, [])
+    _, transfers = prefetch(manager, "one", A[:2], 0.0)
+    assert prefetch(manager, "two", A[:2], 0.0) == (2, [])
+    assert prefetch(manager, "one", A[:2], 0.0) == (2, [])
     finish(manager, transfers)
     manager.release_owner("one")
     assert manager.reserve("writer", B[:1], 0.0).places == ()
@@ -390,8 +355,8 @@ def test_a_block_is_loaded_once_for_all_who_want_it() -> None:
 
 def test_prefetched_blocks_stay_until_the_time_is_over() -> None:
     manager = on_disk(slots=2, blocks=2)
-    finish(manager, manager.prefetch("r", A[:2], 0.0).transfers)
-    manager.prefetch("r", A[:2], 30.0)
+    finish(manager, prefetch(manager, "r", A[:2], 0.0).transfers)
+    prefetch(manager, "r", A[:2], 30.0)
     manager.expire(60.0)
     assert manager.reserve("writer", B[:2], 60.0).places == ()
     manager.expire(90.0)
@@ -403,7 +368,7 @@ def test_prefetch_is_cut_where_slots_run_out() -> None:
     manager = on_disk(slots=4, blocks=4)
     save(manager, B[:2])
     lease = manager.lease("other", B[:2], 0.0)
-    coming, transfers = manager.prefetch("r", A[:4], 0.0)
+    coming, transfers = prefetch(manager, "r", A[:4], 0.0)
     assert coming == 2
     assert [key for one in transfers for key in one.keys] == A[:2]
     manager.release(lease.id)
@@ -412,7 +377,7 @@ def test_prefetch_is_cut_where_slots_run_out() -> None:
 def test_prefetch_does_not_evict_the_prefix_it_is_for() -> None:
     manager = on_disk(slots=4, blocks=1)
     finish(manager, save(manager, A[1:4]) + save(manager, B[:1]))
-    coming, transfers = manager.prefetch("r", A[:4], 0.0)
+    coming, transfers = prefetch(manager, "r", A[:4], 0.0)
     assert (coming, [one.keys for one in transfers]) == (4, [(A[0],)])
     finish(manager, transfers)
     assert manager.lookup(A[:4], 0.0).ready == 4
@@ -420,7 +385,7 @@ def test_prefetch_does_not_evict_the_prefix_it_is_for() -> None:
 
 def test_a_block_nobody_waits_for_any_more_still_arrives() -> None:
     manager = on_disk(blocks=1)
-    transfers = manager.prefetch("r", A[:1], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:1], 0.0).transfers
     manager.release_owner("r")
     finish(manager, transfers)
     assert manager.lookup(A[:1], 0.0).ready == 1
@@ -429,7 +394,7 @@ def test_a_block_nobody_waits_for_any_more_still_arrives() -> None:
 
 def test_hits_are_counted_by_the_tier_they_came_from() -> None:
     manager = on_disk(blocks=1)
-    finish(manager, manager.prefetch("r", A[:1], 0.0).transfers)
+    finish(manager, prefetch(manager, "r", A[:1], 0.0).transfers)
     manager.lease("r", A[:1], 0.0)
     manager.lease("other", A[:1], 0.0)
     assert manager.counters.hits == {DISK: 1, HOST: 1}
@@ -438,9 +403,9 @@ def test_hits_are_counted_by_the_tier_they_came_from() -> None:
 @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.NO_ROOM])
 def test_a_failed_load_is_a_miss_that_is_remembered_for_a_while(outcome: Outcome) -> None:
     manager = on_disk(blocks=1)
-    finish(manager, manager.prefetch("r", A[:1], 0.0).transfers, outcome, now=1.0)
+    finish(manager, prefetch(manager, "r", A[:1], 0.0).transfers, outcome, now=1.0)
     assert manager.lookup(A[:1], 30.9) == (0, 0, (), MissReason.LOAD_FAILED)
-    assert manager.prefetch("r", A[:1], 30.9) == (0, [])
+    assert prefetch(manager, "r", A[:1], 30.9) == (0, [])
     assert manager.lookup(A[:1], 31.0).reachable == 1
     manager.release_owner("r")
     assert_nothing_leaks(manager)
@@ -448,19 +413,19 @@ def test_a_failed_load_is_a_miss_that_is_remembered_for_a_while(outcome: Outcome
 
 def test_a_block_that_a_tier_lost_is_forgotten() -> None:
     manager = on_disk(blocks=1)
-    finish(manager, manager.prefetch("r", A[:1], 0.0).transfers, Outcome.MISSING)
+    finish(manager, prefetch(manager, "r", A[:1], 0.0).transfers, Outcome.MISSING)
     assert manager.lookup(A[:1], 100.0) == (0, 0, (), MissReason.EVICTED)
 
 
 def test_a_refused_block_is_forgotten_and_the_reason_kept() -> None:
     manager = on_disk(blocks=1)
-    finish(manager, manager.prefetch("r", A[:1], 0.0).transfers, Outcome.FAILED, refused=True)
+    finish(manager, prefetch(manager, "r", A[:1], 0.0).transfers, Outcome.FAILED, refused=True)
     assert manager.lookup(A[:1], 100.0) == (0, 0, (), MissReason.REFUSED)
 
 
 def test_a_block_that_one_tier_fails_to_deliver_comes_from_the_next() -> None:
     manager = on_disk(blocks=2, tiers=(DISK, S3))
-    followers = finish(manager, manager.prefetch("r", A[:2], 0.0).transfers, Outcome.FAILED)
+    followers = finish(manager, prefetch(manager, "r", A[:2], 0.0).transfers, Outcome.FAILED)
     assert [(one.tier, one.keys) for one in followers] == [(S3, tuple(A[:2]))]
     assert manager.lookup(A[:2], 0.0).tiers == (S3, S3)
     assert finish(manager, followers) == []
@@ -471,7 +436,7 @@ def test_a_block_that_one_tier_fails_to_deliver_comes_from_the_next() -> None:
 
 def test_a_late_load_counts_as_missed_and_its_slot_is_not_reused() -> None:
     manager = on_disk(slots=2, blocks=2)
-    transfers = manager.prefetch("r", A[:2], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:2], 0.0).transfers
     late(manager, transfers, now=5.0)
     assert manager.lookup(A[:2], 5.0) == (0, 0, (), MissReason.DEADLINE)
     assert manager.reserve("writer", B[:2], 5.0).places == ()
@@ -481,7 +446,7 @@ def test_a_late_load_counts_as_missed_and_its_slot_is_not_reused() -> None:
 
 def test_what_arrives_late_and_whole_is_used() -> None:
     manager = on_disk(slots=2, blocks=2)
-    transfers = manager.prefetch("r", A[:2], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:2], 0.0).transfers
     late(manager, transfers, now=5.0)
     finish(manager, transfers, now=6.0)
     assert manager.lookup(A[:2], 6.0).ready == 2
@@ -491,7 +456,7 @@ def test_what_arrives_late_and_whole_is_used() -> None:
 
 def test_a_block_recomputed_while_its_load_was_late_is_kept_once() -> None:
     manager = on_disk(slots=4, blocks=1)
-    transfers = manager.prefetch("r", A[:1], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:1], 0.0).transfers
     late(manager, transfers)
     save(manager, A[:1])
     finish(manager, transfers)
@@ -503,7 +468,7 @@ def test_a_block_recomputed_while_its_load_was_late_is_kept_once() -> None:
 
 def test_a_result_that_nobody_waits_for_is_refused() -> None:
     manager = on_disk(blocks=1)
-    transfers = manager.prefetch("r", A[:1], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:1], 0.0).transfers
     with pytest.raises(UsageError, match="has 1 blocks, its result 0"):
         manager.on_result(TransferResult(transfers[0], (), True), 0.0)
     finish(manager, transfers)
@@ -540,7 +505,7 @@ def test_unknown_tiers_are_refused() -> None:
 
 def test_a_reported_failure_stops_offers_from_everywhere() -> None:
     manager = on_disk(blocks=2)
-    finish(manager, manager.prefetch("r", A[:2], 0.0).transfers)
+    finish(manager, prefetch(manager, "r", A[:2], 0.0).transfers)
     manager.release_owner("r")
     manager.report_load_failed([A[1], B[0]], 0.0)
     assert manager.lookup(A[:2], 29.0) == (1, 1, (HOST,), MissReason.LOAD_FAILED)
@@ -557,7 +522,7 @@ def test_a_recomputed_block_is_offered_again_at_once() -> None:
 
 def test_what_was_on_its_way_when_its_failure_was_reported_is_dropped() -> None:
     manager = on_disk(blocks=1)
-    transfers = manager.prefetch("r", A[:1], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:1], 0.0).transfers
     manager.report_load_failed(A[:1], 0.0)
     finish(manager, transfers)
     assert manager.lookup(A[:1], 0.0).reachable == 0
@@ -607,7 +572,7 @@ def test_what_is_leased_during_a_clear_goes_when_released() -> None:
 def test_what_was_being_written_or_loaded_during_a_clear_never_shows() -> None:
     manager = on_disk(blocks=1)
     reservation = manager.reserve("writer", B[:1], 0.0)
-    transfers = manager.prefetch("r", A[:1], 0.0).transfers
+    transfers = prefetch(manager, "r", A[:1], 0.0).transfers
     finish(manager, manager.clear(0.0))
     finish(manager, transfers)
     assert manager.commit(reservation.id, B[:1], 0.0) == []

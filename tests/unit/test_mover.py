@@ -117,7 +117,6 @@ class Bench:
             [(TierConfig(type="gated", name=name, **settings), tier) for name, tier in self.tiers.items()],
             seal=FrameSeal(FINGERPRINT, LAYOUT.payload_bytes),
             slot=self.arena.slot,
-            block_bytes=LAYOUT.payload_bytes,
             clock=self.clock,
         )
         self._ids = iter(range(1, 1 << 30))
@@ -192,6 +191,26 @@ def test_what_was_stored_is_loaded_byte_for_byte(bench: Bench) -> None:
     assert (totals.stored_blocks, totals.loaded_blocks, totals.missing_loads) == (3, 2, 1)
     assert totals.loaded_bytes == 2 * LAYOUT.payload_bytes
     assert not bench.mover.has_pending()
+
+
+def test_calls_of_a_tier_are_counted_by_how_long_they_took(bench: Bench) -> None:
+    bench.store([1], [0])
+    bench.await_results()
+    bench.load([1], [1])
+    bench.load([1], [2])
+    bench.await_results(2)
+    counted = bench.mover.counters()["disk"]
+    assert (sum(counted.store_buckets), sum(counted.load_buckets)) == (1, 2)
+    counted.load_buckets[0] += 100
+    assert sum(bench.mover.counters()["disk"].load_buckets) == 2  # the first was a copy
+
+
+def test_what_no_thread_began_is_not_counted_as_fast(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.mover.close(DEADLINE_S)
+    bench.load([1], [0])
+    bench.await_results()
+    assert sum(bench.mover.counters()["disk"].load_buckets) == 0
 
 
 def test_deletes_reach_the_tier(bench: Bench) -> None:
@@ -538,7 +557,6 @@ def test_under_random_faults_every_transfer_ends_once_and_no_wrong_byte_passes(
         [(TierConfig(type="faulty", name="f", threads=3, deadline_s=1.0), tier)],
         seal=FrameSeal(FINGERPRINT, LAYOUT.payload_bytes),
         slot=arena.slot,
-        block_bytes=LAYOUT.payload_bytes,
         clock=fast_clock,
         logger=logging.getLogger("test"),
     )

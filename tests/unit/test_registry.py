@@ -11,8 +11,14 @@ import click
 import msgspec
 import pytest
 
-from kvferry.connector.errors import ConfigError, PluginError
+from kvferry.connector import hooks
+from kvferry.connector.admission import Always, SecondTouch
+from kvferry.connector.bench.case import BenchCase
+from kvferry.connector.codec import CodecType
+from kvferry.connector.doctor import Finding
+from kvferry.connector.errors import ConfigError
 from kvferry.connector.hooks import hookimpl
+from kvferry.connector.keys import BlockKey
 from kvferry.connector.policy import LRU
 from kvferry.connector.registry import PluginRegistry, PluginReport
 from kvferry.connector.tier import TierType
@@ -26,6 +32,10 @@ class Options(msgspec.Struct):
 
 def tier_type(name: str) -> TierType:
     return TierType(name, Options, lambda options, context: None, "for tests")  # type: ignore[arg-type,return-value]
+
+
+def codec_type(name: str, number: int) -> CodecType:
+    return CodecType(name, number, False, lambda layout: None, "for tests")  # type: ignore[arg-type,return-value]
 
 
 @pytest.fixture
@@ -65,22 +75,43 @@ def test_builtin_policies_are_a_plugin_like_any_other() -> None:
     registry = load()
     assert isinstance(registry.eviction_policy("lru"), LRU)
     assert registry.eviction_policy("lru") is not registry.eviction_policy("lru")
-    assert report(registry, "policies").hooks == ("kvferry_eviction_policies",)
+    assert isinstance(registry.admission_policy("always"), Always)
+    assert report(registry, "policies").hooks == ("kvferry_admission_policies", "kvferry_eviction_policies")
 
 
 def test_modules_of_the_configuration_offer_everything(module: Module) -> None:
     command = click.Command("extra")
+    case = BenchCase("speed", "for tests", lambda context: [])
+    finding = Finding("ok", "tape", "the drive is there")
     name = module(
         "plugin_full",
         kvferry_tier_types=lambda: [tier_type("tape")],
+        kvferry_codecs=lambda: [codec_type("squash", 300)],
         kvferry_eviction_policies=lambda: {"mine": LRU},
+        kvferry_admission_policies=lambda: {"mine": SecondTouch},
         kvferry_commands=lambda: [command],
+        kvferry_bench_cases=lambda: [case],
+        kvferry_doctor_findings=lambda: [finding],
     )
     registry = load(name)
     assert registry.tier_type("tape").summary == "for tests"
+    assert registry.codec_type("squash").id == 300
     assert "mine" in registry.eviction_policies()
+    assert "mine" in registry.admission_policies()
+    assert not registry.admission_policy("mine").admits(BlockKey(bytes(32)))
     assert registry.commands() == [command]
-    assert report(registry, name).origin == "configuration"
+    assert registry.bench_cases() == [case]
+    assert registry.doctor_findings() == [finding]
+    found = report(registry, name)
+    assert (found.origin, found.error) == ("configuration", "")
+    assert found.offers == {
+        "tier type": ("tape",),
+        "codec": ("squash",),
+        "eviction policy": ("mine",),
+        "admission policy": ("mine",),
+        "command": ("extra",),
+        "bench case": ("speed",),
+    }
 
 
 def test_a_module_that_is_installed_and_configured_is_one_plugin() -> None:
@@ -158,23 +189,22 @@ def test_the_first_to_offer_a_name_keeps_it(module: Module) -> None:
     assert list(registry.tier_types()) == ["tape"]
 
 
-def test_unknown_names_get_the_nearest_and_what_is_switched_off() -> None:
-    registry = PluginRegistry(["no.such.module"])
+def test_unknown_names_get_the_nearest() -> None:
+    registry = PluginRegistry()
     with pytest.raises(ConfigError, match=r"tiers\[1\]\.type: there is no tier type 'dsik'.*'disk'"):
         registry.tier_type("dsik", "tiers[1]")
-    with pytest.raises(ConfigError, match=r"no eviction policy 'lur'.*'lru'.*switched off: no\.such\.module"):
+    with pytest.raises(ConfigError, match=r"host\.eviction: there is no eviction policy 'lur'.*'lru'"):
         registry.eviction_policy("lur")
+    with pytest.raises(ConfigError, match=r"there is no admission policy 'alwys'.*'always'"):
+        registry.admission_policy("alwys")
+    with pytest.raises(ConfigError, match=r"tiers\[0\]\.codec: there is no codec 'none'"):
+        load().codec_type("none", "tiers[0].codec")
 
 
-def test_a_policy_that_cannot_be_made_is_its_plugins_fault(module: Module) -> None:
-    def broken() -> object:
-        raise OSError("no entropy")
-
-    name = module("plugin_policy", kvferry_eviction_policies=lambda: {"mine": broken})
-    registry = load(name)
-    with pytest.raises(PluginError, match="plugin_policy"):
-        registry.eviction_policy("mine")
-    assert "no entropy" in report(registry, name).error
+def test_codecs_are_found_by_name(module: Module) -> None:
+    registry = load(module("plugin_codec", kvferry_codecs=lambda: [codec_type("squash", 300)]))
+    assert registry.codec_type("squash").id == 300
+    assert list(registry.codec_types()) == ["squash"]
 
 
 def test_observers_are_told_and_a_broken_one_is_switched_off(module: Module) -> None:
@@ -210,3 +240,17 @@ def test_two_registries_share_nothing(module: Module) -> None:
     name = module("plugin_once", kvferry_tier_types=lambda: [tier_type("tape")])
     assert load(name).tier_types()
     assert load().tier_types() == {}
+
+
+HOOKS = [name for name, value in vars(hooks).items() if hasattr(value, f"{hooks.PROJECT}_spec")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_tested_working_and_broken(hook: str) -> None:
+    """By name, so that nobody adds a hook without both."""
+    folder = Path(__file__).parent
+    working = [path for path in folder.glob("test_*.py") if path.name != "test_broken_plugins.py"]
+    assert hook in (folder / "test_broken_plugins.py").read_text()
+    assert [
+        path.name for path in working if f"{hook}=" in path.read_text() or f"def {hook}" in path.read_text()
+    ]

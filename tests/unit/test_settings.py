@@ -107,8 +107,8 @@ def test_variables_that_kubernetes_sets_beside_a_service_are_ignored() -> None:
         ({"tiers": {"type": "disk"}}, "tiers: found .* expected a list"),
         ({"tiers": [{"typ": "disk"}]}, r"tiers\[0\]\.type: is required"),
         (
-            {"tiers": [{"type": "disk", "threads": 0}]},
-            r"tiers\[0\]\.threads: found 0, expected a whole number >= 1",
+            {"tiers": [{"type": "disk", "threads": -1}]},
+            r"tiers\[0\]\.threads: found -1, expected a whole number >= 0",
         ),
         ({"tiers": [{"type": "disk"}, {"type": "disk"}]}, r"tiers\[1\]\.name: 'disk' is taken"),
         ({"tiers": [{"type": "disk", "name": "host"}]}, r"tiers\[0\]\.name: 'host' is taken"),

@@ -166,7 +166,7 @@ def through_disk(source: Arena, target: Arena, path: Path) -> None:
     for arena, is_store in ((source, True), (target, False)):
         tier = open_disk(path)
         frames = [
-            Frame(key, memoryview(bytearray(HEADER_BYTES)), arena.slot(slot))
+            Frame(key, memoryview(bytearray(HEADER_BYTES)), arena.slot(slot), BLOCK.payload_bytes)
             for slot, key in enumerate(block_keys())
         ]
         if is_store:

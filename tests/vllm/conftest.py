@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from checkpoints import tiny_llama
-from engine import Answer, Engine, Engines
+from engine import Engines
+from first_life import UNCACHED_TOKENS, FirstLife
 from prompts import PROMPTS, Prompt
 from reference import local_hits
-
-UNCACHED_TOKENS = 64
-
-
-@dataclass
-class FirstLife:
-    """An engine with kvferry that has seen every prompt, and what it answered."""
-
-    engine: Engine
-    """Closed as soon as another one was started."""
-    hits: dict[Prompt, Answer]
-    """Answers to every prompt, all its full blocks coming from vLLM's own prefix cache."""
-    disk: Path
-    tampering: Path
-    """Steers the ``tampering`` plugin."""
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +52,7 @@ def first_life(
         tiny,
         kvferry={
             "host": {"capacity": "256MiB"},
-            "tiers": [{"type": "disk", "path": str(disk), "capacity": "512MiB"}],
+            "tiers": [{"type": "disk", "path": str(disk), "capacity": "512MiB", "ask": "always"}],
             "plugins": ["tampering"],
         },
         env={"TAMPERING": str(tampering)},

@@ -145,6 +145,15 @@ class Engine:
         """Return one metric; 0 while it was never set."""
         return self.metrics().get(name, 0.0)
 
+    def wait_for_metric(self, name: str, above: float = 0.0) -> None:
+        """Wait until a metric of kvferry's is over a value: the engine sends them once a second, while it works."""
+
+        def is_above() -> bool:
+            self.generate([{"tokens": [2, 3], "max_tokens": 1}])
+            return self.metric(name) > above
+
+        wait_until(f"{name} is over {above:g}", is_above)
+
     def settle(self, block_tokens: int = 128) -> None:
         """Wait until nothing is under way in kvferry, and check that no page, lease or slot leaked."""
         self.reset()

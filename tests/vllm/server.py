@@ -56,9 +56,10 @@ class Server:
         """Everything the server has printed."""
         return self._log.read_text(errors="replace")
 
-    def complete(self, prompt: str) -> tuple[dict[str, Any], int]:
-        """Return the text and log-probabilities that follow a prompt, and how many of its tokens were cached."""
-        body = {"model": "model", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 3}
+    def complete(self, prompt: str, tokens: int = 12) -> tuple[dict[str, Any], int]:
+        """Return the ``tokens`` that follow a prompt, and how many of the prompt's were cached."""
+        body = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 3}
+        body["ignore_eos"] = True
         answer = json.loads(self._post("/v1/completions", body))
         (choice,) = answer["choices"]
         details = answer["usage"]["prompt_tokens_details"] or {}

@@ -12,11 +12,13 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvferry.connector.config import Config, HostConfig
-from kvferry.connector.counters import ServiceCounters, TierCounters
+from kvferry.connector.counters import TierCounters
+from kvferry.connector.counting import CountersDelta
 from kvferry.connector.embedded import EmbeddedService
 from kvferry.connector.explain import RequestRecord
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.metrics import Counts
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import ServiceEvent
 from kvferry.engines.jobs import WorkerReport
@@ -55,10 +57,12 @@ class Service:
         config = Config(host=HostConfig(capacity=1 << 20))
         self.real = EmbeddedService(config, layout, bytes(32), PluginRegistry())
         self.disk = TierCounters()
+        self._counting = CountersDelta()
 
-    def counters(self) -> ServiceCounters:
+    def report(self, counts: Counts) -> None:
         tiers = {"disk": msgspec.structs.replace(self.disk)}
-        return msgspec.structs.replace(self.real.counters(), host_evictions=3, leases=1, tiers=tiers)
+        totals = msgspec.structs.replace(self.real.counters(), host_evictions=3, leases=1, tiers=tiers)
+        self._counting.add(totals, counts)
 
 
 def test_what_was_counted_arrives_in_the_api_server() -> None:

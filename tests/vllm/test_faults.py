@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FirstLife
 from engine import Answer, Engine, Engines
+from first_life import FirstLife
 from prompts import PROMPTS, Prompt
 from reference import EXTERNAL_HITS
 
@@ -23,7 +23,7 @@ def faulty(
 ) -> Engine:
     """A host tier of 16 blocks above a disk of which one call in eight goes wrong, and a tier that dies."""
     disk = {"type": "disk", "path": str(tmp_path_factory.mktemp("disk")), "capacity": 256 << 20}
-    limits = {"deadline_s": 0.4, "queue_blocks": 64}
+    limits = {"deadline_s": 0.4, "queue_blocks": 64, "ask": "always"}
     broken = {"type": "faulty", "inner": disk, "rate": 0.125, "seed": 1, "slow_s": 0.8}
     dying = {"type": "faulty", "name": "dying", "inner": {"type": "memory"}, "rate": 0, "die_after": 40}
     return engines.start(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from checkpoints import lora_adapter, tiny_llama
-from conftest import FirstLife
 from engine import Answer, Engine, Engines, wait_until
+from first_life import FirstLife
 from prompts import PROMPTS, matched
 from reference import EXTERNAL_HITS, kvferry_hits, local_hits
 
@@ -99,7 +99,7 @@ def test_other_weights_are_refused_the_disk_and_the_engine_serves(
     engines: Engines, engine: Engine, first_life: FirstLife, tmp_path: Path
 ) -> None:
     """The same configuration, shapes and model name: only the weights differ."""
-    disk = {"type": "disk", "path": str(first_life.disk), "capacity": "512MiB"}
+    disk = {"type": "disk", "path": str(first_life.disk), "capacity": "512MiB", "ask": "always"}
     other = engines.start(
         "other-weights",
         tiny_llama(tmp_path / "tiny", seed=1),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import FirstLife
 from engine import Engine, Engines
+from first_life import FirstLife
 from prompts import PROMPTS, Prompt
 from reference import kvferry_hits, local_hits
 
@@ -16,7 +16,7 @@ SALT = "two ranks"
 
 def _on_disk(first_life: FirstLife) -> dict[str, object]:
     """The first engine's disk, and a host tier of 16 blocks: nearly everything comes from the disk."""
-    disk = {"type": "disk", "path": str(first_life.disk), "capacity": "512MiB"}
+    disk = {"type": "disk", "path": str(first_life.disk), "capacity": "512MiB", "ask": "always"}
     return {"host": {"capacity": "8MiB"}, "tiers": [disk]}
 
 

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import UNCACHED_TOKENS
 from engine import Engine, Engines
+from first_life import UNCACHED_TOKENS
 from prompts import PROMPTS, Prompt
 from reference import EXTERNAL_HITS
 
@@ -37,7 +37,12 @@ def evicting(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Engine:
     """Without vLLM's own prefix cache, with a host tier of 16 blocks and a disk tier of some 40."""
-    disk = {"type": "disk", "path": str(tmp_path_factory.mktemp("disk")), "capacity": 24 * MIB}
+    disk = {
+        "type": "disk",
+        "path": str(tmp_path_factory.mktemp("disk")),
+        "capacity": 24 * MIB,
+        "ask": "always",
+    }
     return engines.start(
         "evicting",
         tiny,

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FirstLife
 from engine import Engine, EngineRefused, Engines
+from first_life import FirstLife
 from prompts import PROMPTS, Prompt
 from reference import EXTERNAL_HITS
 

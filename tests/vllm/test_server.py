@@ -1,4 +1,5 @@
-"""A real language model behind the OpenAI server, killed with SIGKILL while it saves and while it loads."""
+"""A real language model behind the OpenAI server: killed with SIGKILL while it saves and while it loads, and
+on another host, with nothing but a shared tier in common."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine import Engines, wait_until
+from remote import KINDS
 from server import Server
 
 from kvferry.engines.vllm.demo.model import default_cache_dir, prepare
@@ -28,11 +30,11 @@ def smollm(engines: Engines) -> Path:
 
 
 def kill_amid(server: Server, has_begun: Callable[[], bool]) -> None:
-    """Ask everything at once and kill the server as soon as ``has_begun``."""
+    """Ask everything at once, for answers that take many seconds, and kill the server as soon as ``has_begun``."""
 
     def ask(prompt: str) -> bool:
         try:
-            server.complete(prompt)
+            server.complete(prompt, tokens=1024)
         except (OSError, HTTPException):
             return False
         return True
@@ -48,7 +50,7 @@ def kill_amid(server: Server, has_begun: Callable[[], bool]) -> None:
 def test_answers_are_the_same_after_every_kill(smollm: Path, tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "host": {"capacity": "256MiB"},
-        "tiers": [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "1GiB"}],
+        "tiers": [{"type": "disk", "path": str(tmp_path / "disk"), "capacity": "1GiB", "ask": "always"}],
         "explain": {"enabled": False},
     }
 
@@ -77,3 +79,41 @@ def test_answers_are_the_same_after_every_kill(smollm: Path, tmp_path: Path) -> 
             partly, _ = server.complete(prompt)
             wholly, _ = server.complete(prompt)
             assert partly["text"] == wholly["text"], "whatever of it had been saved before the kill"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_second_server_with_an_empty_host_answers_from_what_they_share(
+    smollm: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / kind).mkdir()
+    remote = KINDS[kind](tmp_path / kind)
+    config: dict[str, Any] = {
+        "host": {"capacity": "256MiB"},
+        "tiers": [remote.tier() | {"ask": "always"}],
+        "explain": {"enabled": False},
+    }
+    try:
+        with Server(smollm, tmp_path / "first", config) as server:
+            cold = [server.complete(prompt) for prompt in PROMPTS[:3]]
+            local = [server.complete(prompt) for prompt in PROMPTS[:3]]
+            reused = sum(cached for _, cached in local)
+
+            def is_stored() -> bool:
+                server.complete("Yes.")  # a server that does nothing reports nothing
+                return server.metric("kvferry_stored_blocks_total") >= reused // BLOCK
+
+            wait_until("every block is stored", is_stored)
+
+        with Server(smollm, tmp_path / "second", config) as server:
+            shared = [server.complete(prompt) for prompt in PROMPTS[:3]]
+            assert server.metric("vllm:external_prefix_cache_hits_total") == reused > 0
+
+            def is_loaded() -> bool:
+                server.complete("Yes.")
+                return server.metric("kvferry_loaded_blocks_total") >= reused // BLOCK
+
+            wait_until("every block was loaded", is_loaded)
+    finally:
+        remote.kill()
+    assert shared == local, "every log-probability of a real model's answers"
+    assert [answer["text"] for answer, _ in shared] == [answer["text"] for answer, _ in cold]

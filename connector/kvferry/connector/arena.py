@@ -8,6 +8,8 @@ Who owns what
   * Attached processes (workers) write a slot only while it is reserved for them and read it only
     under a lease; they see the table read-only by convention.
   * All memory is allocated at creation. The file's size is sealed, so no mapping can meet SIGBUS.
+  * Where the arena belongs to a cache server, every process that maps it also holds the write end of a pipe, the
+    *lifeline*, for as long. When the server reads the pipe's end, nobody who came that way can write any more.
 
 Layout: header (magic, version, 16 random bytes, geometry), one u64 generation per slot, padding to
 4096, then the slots, each starting and ending on ``SLOT_ALIGNMENT_BYTES``.
@@ -56,6 +58,10 @@ class ArenaHandle(msgspec.Struct, frozen=True, kw_only=True):
     header_bytes: int
     """Offset of the first slot."""
     total_bytes: int
+    lifeline_fd: int = -1
+    """Descriptor, in the same process, of the pipe's end that whoever maps the arena holds open; -1 without."""
+    connection: int = 0
+    """Tells apart several ways to one arena: a lifeline must be the one of the present connection."""
 
 
 def slots_for(capacity_bytes: int, slot_bytes: int, huge_pages: bool = False) -> int:
@@ -85,9 +91,12 @@ class Arena:
     Threads may use different slots at the same time; the methods themselves hold no locks.
     """
 
-    def __init__(self, handle: ArenaHandle, fd: int, mapping: mmap.mmap, is_owner: bool) -> None:
+    def __init__(
+        self, handle: ArenaHandle, fd: int, mapping: mmap.mmap, is_owner: bool, lifeline_fd: int = -1
+    ) -> None:
         self._handle = handle
         self._fd = fd
+        self._lifeline_fd = lifeline_fd
         self._mapping: mmap.mmap | None = mapping
         self._is_owner = is_owner
         whole = np.frombuffer(mapping, dtype=np.uint8)
@@ -144,20 +153,26 @@ class Arena:
         Raises:
             ArenaError: The creator is gone or another user's, or what lies there is not this arena.
         """
-        path = f"/proc/{handle.pid}/fd/{handle.fd}"
+        # The lifeline first: whoever exports both closes the arena first, so if the arena is the right one
+        # afterwards, the lifeline was too.
+        lifeline_fd = _open_lifeline(handle) if handle.lifeline_fd >= 0 else -1
+        fd = -1
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArenaError(
-                f"cannot open the arena of process {handle.pid} ({path}): {error.strerror}; "
-                "it must still run, as the same user and in the same container"
-            ) from error
-        try:
+            fd = _open_exported(handle, handle.fd, os.O_RDWR)
             mapping = _map_verified(fd, handle)
         except BaseException:
-            os.close(fd)
+            _close_fds(fd, lifeline_fd)
             raise
-        return cls(handle, fd, mapping, is_owner=False)
+        return cls(handle, fd, mapping, is_owner=False, lifeline_fd=lifeline_fd)
+
+    @staticmethod
+    def verify(fd: int, handle: ArenaHandle) -> None:
+        """Make sure that a descriptor which this process was given is the arena of ``handle``.
+
+        Raises:
+            ArenaError: It is something else.
+        """
+        _map_verified(fd, handle).close()
 
     @property
     def handle(self) -> ArenaHandle:
@@ -195,11 +210,11 @@ class Arena:
             return
         mapping, self._mapping = self._mapping, None
         del self._slots, self._generations
-        os.close(self._fd)
         try:
             mapping.close()
         except BufferError:
-            return
+            pass  # a view is still in use
+        _close_fds(self._fd, self._lifeline_fd)
 
     def _require_open(self) -> None:
         if self._mapping is None:
@@ -256,6 +271,32 @@ def _memfd(total_bytes: int, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _open_exported(handle: ArenaHandle, number: int, flags: int) -> int:
+    path = f"/proc/{handle.pid}/fd/{number}"
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise ArenaError(
+            f"cannot open the arena of process {handle.pid} ({path}): {error.strerror}; "
+            "it must still run, as the same user and in the same container"
+        ) from error
+
+
+def _open_lifeline(handle: ArenaHandle) -> int:
+    """Hold the lifeline too. O_NONBLOCK: opening a pipe must never wait for whoever reads it."""
+    fd = _open_exported(handle, handle.lifeline_fd, os.O_WRONLY | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise ArenaError(f"descriptor {handle.lifeline_fd} of process {handle.pid} is no lifeline (reused)")
+
+
+def _close_fds(*fds: int) -> None:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _map_verified(fd: int, handle: ArenaHandle) -> mmap.mmap:

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 import msgspec
 
-__all__ = ["Config", "ExplainConfig", "HostConfig", "TierConfig"]
+__all__ = ["MOST_THREADS", "Config", "ExplainConfig", "HostConfig", "TierConfig", "TlsConfig"]
 
 GIB = 1 << 30
+MOST_THREADS = 256
+"""Per tier."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -36,12 +38,26 @@ class TierConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which kind of tier; ``kvferry plugins`` lists them."""
     name: str = ""
     """Name in reports; the type when empty."""
-    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
-    """Threads that call the tier."""
+    threads: Annotated[int, msgspec.Meta(ge=0, le=MOST_THREADS)] = 0
+    """Threads that call the tier; 0 takes as many as suit its type. Each moves up to 8 MiB at a time."""
     queue_blocks: Count = 256
     """Blocks that may wait to be stored; more are shed and counted."""
     deadline_s: Seconds = 10.0
     """Seconds after which a load or store counts as failed."""
+    open_deadline_s: Seconds = 120.0
+    """Seconds after which kvferry goes on without a tier that is still being opened."""
+    codec: str = "none"
+    """How blocks are encoded in this tier: ``none``, ``lz4``, ``zstd``, ``fp8`` (loses precision), or a
+    plugin's."""
+    admission: str = "adaptive"
+    """Which blocks are worth a write: ``adaptive``, ``always``, ``second-touch``, or a plugin's."""
+    write: Literal["through", "back"] = "through"
+    """``through`` stores a block as soon as it is saved; ``back`` only when it is about to leave the
+    arena, so that short-lived blocks are never written, and a crash loses what was not."""
+    promote: bool = True
+    """Store blocks here that were loaded from a tier below."""
+    ask: Literal["when_faster", "always"] = "when_faster"
+    """``when_faster`` loads only what is expected to arrive before the engine would have computed it."""
     required: bool = False
     """Refuse to start when the tier cannot be opened, rather than go on without it."""
 
@@ -57,11 +73,33 @@ class ExplainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Bound on the records on disk, per engine."""
 
 
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TLS towards a cache server; used with ``tls://`` addresses."""
+
+    ca: str = ""
+    """PEM file of the authorities that may sign the server's certificate; the system's when empty."""
+    certificate: str = ""
+    """PEM file of this client's certificate, where the server asks for one."""
+    private_key: str = ""
+    """PEM file of the certificate's key; in the certificate's own file when empty."""
+    server_name: str = ""
+    """The name the server's certificate must bear; the address's host when empty."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be configured."""
 
     enabled: bool = True
     """False passes every request through untouched."""
+    service: str = ""
+    """Cache server to use: ``unix:///path`` on this machine, ``tcp://host:port`` or ``tls://host:port``
+    anywhere. Empty runs the cache inside the engine."""
+    token: str = ""
+    """Credential for the cache server. Prefer ``KVFERRY_TOKEN``."""
+    tls: TlsConfig = TlsConfig()
+    answer_budget_s: Seconds = 0.002
+    """Seconds that one engine step waits for the cache server in all; what is not answered by then is asked
+    again in the next step."""
     block_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Tokens per block, a multiple of the engine's page; 0 picks the smallest multiple >= 64."""
     host: HostConfig = HostConfig()

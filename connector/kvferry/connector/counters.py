@@ -27,3 +27,8 @@ class ServiceCounters(msgspec.Struct, kw_only=True):
     """Reservations that were not settled, expired ones included."""
     pending_transfers: int
     tiers: dict[str, TierCounters]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena's slots that are not free."""
+        return self.capacity_bytes // max(1, self.slots) * self.used_slots

@@ -1,50 +1,59 @@
 """Findings: what ``kvferry doctor`` tells the operator before traffic arrives.
 
-Each check looks at one thing and yields findings; none starts, stores or changes anything but a probe
-file in a tier's directory, which is removed again. Plugins add findings of their own.
+Each check looks at one thing and yields findings; none starts, stores or changes anything for good.
+Plugins add findings of their own, and look at the tiers of their types.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import mmap
 import os
 import platform
-import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from kvferry.connector.config import Config, ExplainConfig, HostConfig
-from kvferry.connector.errors import ConfigError
+from kvferry.connector import offers
+from kvferry.connector.address import parse_address
+from kvferry.connector.choosing import with_remote_tier
+from kvferry.connector.codec import NONE
+from kvferry.connector.config import Config, ExplainConfig, HostConfig, TierConfig
+from kvferry.connector.dialing import dial
+from kvferry.connector.errors import ConfigError, KVFerryError, PluginMissing
 from kvferry.connector.explain import explain_directory
+from kvferry.connector.finding import Finding
+from kvferry.connector.layout import BlockLayout
 from kvferry.connector.memory import available_bytes, format_bytes, huge_page_bytes
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings, split_tier, typed_options
+from kvferry.connector.tier import TierType
 
-__all__ = ["Finding", "examine"]
+__all__ = ["examine"]
 
 ALWAYS = ("blake3", "lmdb", "msgspec", "numpy", "pluggy", "xxhash")
 # Engines are reported by their adapters' plugins.
-OPTIONAL = ("torch", "tensorrt_llm", "redis", "boto3", "nixl", "cuda-core")
+OPTIONAL = (
+    "torch",
+    "tensorrt_llm",
+    "redis",
+    "boto3",
+    "obstore",
+    "lz4",
+    "zstandard",
+    "ml_dtypes",
+    "nixl",
+    "cuda-core",
+)
 
-
-class Finding(msgspec.Struct, frozen=True):
-    """One thing worth knowing before traffic arrives."""
-
-    level: Literal["ok", "warn", "error"]
-    """``error`` makes ``kvferry doctor`` exit with 1."""
-    topic: str
-    """A word or two to group by: ``memory``, ``tier disk``, ``vllm``."""
-    text: str
-    """What was found, one line."""
-    hint: str = ""
-    """What to do about it."""
+_DIAL_S = 2.0
+_USUAL_LAYOUT = BlockLayout(
+    num_layers=1, num_kv_heads=1, block_tokens=64, head_dim=128, itemsize=2, dtype="bfloat16"
+)
+"""Blocks as most models have them; the engine's own are not known here."""
 
 
 def examine(settings: Settings, registry: PluginRegistry, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -55,12 +64,15 @@ def examine(settings: Settings, registry: PluginRegistry, environ: Mapping[str, 
         registry: With the configuration's plugins loaded.
         environ: Environment variables, for the default directories.
     """
-    config = settings.config
+    config = with_remote_tier(settings.config)
     yield from _system()
     yield from _versions()
-    yield from _memory(config.host)
-    yield from _eviction(config.host, registry)
-    yield from _tiers(config, registry)
+    if config.service:
+        yield _server(config)
+    else:
+        yield from _memory(config.host)
+        yield from _eviction(config.host, registry)
+        yield from _tiers(config, registry)
     yield from _records(config.explain, environ)
     yield from _uncached(config)
     yield from _secret_files(settings)
@@ -169,71 +181,73 @@ def _tiers(config: Config, registry: PluginRegistry) -> Iterator[Finding]:
         path = f"tiers[{index}]"
         try:
             own, raw = split_tier(tier, path)
-            options = typed_options(registry.tier_type(own.type, path), raw, path)
-        except ConfigError as error:
+            tier_type = registry.tier_type(own.type, path)
+            options = typed_options(tier_type, raw, path)
+        except (ConfigError, PluginMissing) as error:
             yield Finding("error", path, str(error), "see `kvferry plugins` for types and options")
             continue
         topic = f"tier {own.name}"
-        yield Finding("ok", topic, f"type {own.type}, {own.threads} threads, deadline {own.deadline_s:g} s")
-        directory = getattr(options, "path", None)
-        if isinstance(directory, str) and directory:
-            yield from _directory(topic, Path(directory).expanduser(), getattr(options, "capacity", None))
+        threads = own.threads or tier_type.threads
+        yield Finding("ok", topic, f"type {own.type}, {threads} threads, deadline {own.deadline_s:g} s")
+        yield from _admission(topic, own, registry)
+        yield from _codec(topic, own, f"{path}.codec", registry)
+        yield from _checked(tier_type, options, own.name)
 
 
-def _directory(topic: str, path: Path, capacity: object) -> Iterator[Finding]:
-    """Look at the directory of a tier, or at the nearest one above that exists."""
-    existing = next((parent for parent in (path, *path.parents) if parent.exists()), Path("/"))
-    if not existing.is_dir():
-        yield Finding("error", topic, f"{existing} is not a directory", "choose another path")
+def _checked(tier_type: TierType, options: msgspec.Struct, name: str) -> Iterator[Finding]:
+    """Let the tier's plugin look at what only it knows: a directory, a server, a bucket."""
+    if tier_type.check is None:
         return
-    used = (
-        sum(entry.stat().st_blocks * 512 for entry in path.glob("**/*") if entry.is_file())
-        if path.is_dir()
-        else 0
-    )
-    free = shutil.disk_usage(existing).free
-    if isinstance(capacity, int) and capacity > free + used:
-        yield Finding(
-            "warn",
-            topic,
-            f"capacity {format_bytes(capacity)}, but {existing} has {format_bytes(free)} free",
-            "the tier stays smaller; lower its capacity or make room",
-        )
     try:
-        has_direct_io = _probe_direct_io(existing)
-    except OSError as error:
-        yield Finding(
-            "error", topic, f"{existing} cannot be written: {error.strerror}", "check owner and mount"
-        )
+        yield from offers.findings(tier_type.check(options, name))
+    except ConfigError as error:
+        yield Finding("error", f"tier {name}", str(error))
+    except Exception as error:  # noqa: BLE001  # boundary: a plugin's check
+        why = f"type {tier_type.name} could not be checked: {type(error).__name__}: {error}"
+        yield Finding("warn", f"tier {name}", why, "report this to the plugin's author")
+
+
+def _admission(topic: str, tier: TierConfig, registry: PluginRegistry) -> Iterator[Finding]:
+    known = registry.admission_policies()
+    if tier.admission not in known:
+        what = f"there is no admission policy {tier.admission!r}"
+        yield Finding("error", topic, what, f"known: {', '.join(known)}")
+
+
+def _codec(topic: str, tier: TierConfig, path: str, registry: PluginRegistry) -> Iterator[Finding]:
+    if tier.codec == NONE:
         return
-    if has_direct_io:
-        yield Finding("ok", topic, f"{path}: {format_bytes(free)} free, direct I/O works")
+    try:
+        offered = registry.codec_type(tier.codec, path)
+        offered.make(_USUAL_LAYOUT)
+    except (ConfigError, PluginMissing) as error:
+        yield Finding("error", topic, str(error), "see `kvferry plugins`")
+        return
+    except Exception as error:  # noqa: BLE001  # boundary: a plugin's codec
+        why = f"codec {tier.codec} cannot be made: {type(error).__name__}: {error}"
+        yield Finding("warn", topic, why, "blocks are stored as they are")
+        return
+    if offered.is_lossy:
+        what = f"codec {tier.codec} is LOSSY: whoever reads a block back computes with rounded KV"
+        yield Finding("warn", topic, what, "use a lossless codec, or none, if answers must not change")
     else:
-        yield Finding(
-            "warn",
-            topic,
-            f"{path}: its filesystem has no direct I/O; the page cache is used, which costs memory and speed",
-            "use ext4 or XFS on a local disk",
-        )
+        yield Finding("ok", topic, f"blocks are encoded with {tier.codec}, which loses nothing")
 
 
-def _probe_direct_io(directory: Path) -> bool:
-    """Tell whether a sector can be written past the page cache. Raises OSError where nothing can."""
-    probe = directory / f".kvferry-doctor-{os.getpid()}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    os.close(os.open(probe, flags, 0o600))
+def _server(config: Config) -> Finding:
+    """Knock at the cache server; a whole hello would have it open a cache."""
+    topic = "cache server"
     try:
-        descriptor = os.open(probe, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
-        try:
-            return os.pwrite(descriptor, mmap.mmap(-1, 4096), 0) == 4096
-        finally:
-            os.close(descriptor)
+        address = parse_address(config.service, "service")
+        dial(address, config.token, config.tls, time.monotonic() + _DIAL_S).close()
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return False
-        raise
-    finally:
-        probe.unlink()
+        what = f"{config.service} does not answer: {error}"
+        return Finding("warn", topic, what, "engines start without it and use it when it is there")
+    except KVFerryError as error:
+        return Finding("error", topic, str(error), "engines would not start")
+    return Finding(
+        "ok", topic, f"{config.service} answers and lets this user in; it owns the memory and the tiers"
+    )
 
 
 def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
@@ -272,7 +286,7 @@ def _uncached(config: Config) -> Iterator[Finding]:
         yield Finding("warn", topic, "nothing new: save is 'none', so only what is stored already is found")
     elif config.save == "prompt":
         yield Finding("ok", topic, "generated tokens: save is 'prompt'")
-    if not config.tiers:
+    if not config.tiers and not config.service:
         yield Finding(
             "ok",
             topic,
@@ -287,10 +301,11 @@ def _uncached(config: Config) -> Iterator[Finding]:
 
 def _secret_files(settings: Settings) -> Iterator[Finding]:
     """Warn of a secret in a file that others can read."""
-    origin = settings.origins.get("secret", "")
-    if not settings.config.secret or not origin.startswith(("/", ".")) or not Path(origin).is_file():
-        return
-    if Path(origin).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        yield Finding(
-            "warn", "secret", f"{origin} holds the secret and others can read it", f"chmod 600 {origin}"
-        )
+    for name, value in (("secret", settings.config.secret), ("token", settings.config.token)):
+        origin = settings.origins.get(name, "")
+        if not value or not origin.startswith(("/", ".")) or not Path(origin).is_file():
+            continue
+        if Path(origin).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            yield Finding(
+                "warn", name, f"{origin} holds the {name} and others can read it", f"chmod 600 {origin}"
+            )

@@ -14,22 +14,29 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+import msgspec
+
+from kvferry.connector import guards
 from kvferry.connector.arena import Arena, ArenaHandle, slots_for
-from kvferry.connector.config import Config
+from kvferry.connector.coding import tier_codecs
+from kvferry.connector.config import Config, TierConfig
 from kvferry.connector.counters import ServiceCounters, TierCounters
+from kvferry.connector.counting import CountersDelta
 from kvferry.connector.errors import ClosedError
 from kvferry.connector.frame import FrameSeal
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.manager import BlockManager, LowerTierSpec, ManagerOptions
+from kvferry.connector.metrics import Counts
 from kvferry.connector.mover import Mover
 from kvferry.connector.opening import OpenTier, close_tiers, open_tiers
 from kvferry.connector.plan import Direction, Transfer, TransferResult
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.scan import Scan, ScanBatch, wait_for
-from kvferry.connector.service import Lease, Match, Reservation, ServiceEvent
-from kvferry.connector.tier import Outcome, TierContext
+from kvferry.connector.service import HOST, Coming, Lease, Match, Reservation, ServiceEvent
+from kvferry.connector.tier import Outcome, TierContext, TierStats
 
 __all__ = ["EmbeddedService", "batch_blocks"]
 
@@ -50,11 +57,13 @@ class EmbeddedService:
     Args:
         config: The effective configuration.
         layout: Geometry of the model's blocks.
-        fingerprint: The model's 32-byte fingerprint.
+        fingerprint: What blocks are keyed under, 32 bytes (``coding.block_fingerprint``).
         registry: The plugins.
         instance: Distinguishes engines of one deployment that must not share exclusive resources.
+        kept_instances: How many instances may leave something in a tier; see ``tier.TierContext``.
         clock: Seconds, monotonic.
         logger: Where problems are reported.
+        on_report: Called, on a tier's thread, when ``poll`` has something to take in.
 
     Raises:
         ConfigError: Something in the configuration is wrong, or does not fit these blocks.
@@ -69,35 +78,43 @@ class EmbeddedService:
         fingerprint: bytes,
         registry: PluginRegistry,
         instance: str = "",
+        kept_instances: int = 0,
         clock: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
+        on_report: Callable[[], None] = lambda: None,
     ) -> None:
         self._layout = layout
         self._registry = registry
+        self._instance = instance
+        self._kept_instances = kept_instances
         self._clock = clock
         self._logger = logger or logging.getLogger(__name__)
         self._is_closed = False
         self._removed: queue.SimpleQueue[tuple[str, tuple[BlockKey, ...]]] = queue.SimpleQueue()
         self._events: deque[ServiceEvent] = deque(maxlen=_MAX_EVENTS)
         self._removals: dict[str, int] = {}
+        self._counting = CountersDelta()
         policy = registry.eviction_policy(config.host.eviction)
+        codecs = tier_codecs(config, layout, registry, self._logger)
         num_slots = slots_for(config.host.capacity, layout.slot_bytes, config.host.huge_pages)
         opened = open_tiers(
             config,
             registry,
-            lambda name: self._context(name, fingerprint, instance),
+            lambda tier: self._context(tier, fingerprint),
             self._logger,
         )
         self._tiers, self._problems = opened
         try:
+            specs = [_spec(opened_tier, registry) for opened_tier in self._tiers]
             self._arena = Arena.create(num_slots, layout.slot_bytes, config.host.huge_pages, self._logger)
             self._mover = Mover(
                 self._tiers,
                 seal=FrameSeal(fingerprint, layout.payload_bytes, config.secret or None),
+                codecs=codecs,
                 slot=self._arena.slot,
-                block_bytes=layout.payload_bytes,
                 clock=clock,
                 logger=self._logger,
+                on_report=on_report,
             )
         except BaseException:
             close_tiers(self._tiers, _CLOSE_GRACE_S, self._logger)
@@ -105,7 +122,7 @@ class EmbeddedService:
         self._manager = BlockManager(
             num_slots,
             policy,
-            [_spec(opened_tier) for opened_tier in self._tiers],
+            specs,
             ManagerOptions(
                 lease_s=config.lease_s,
                 retry_failed_s=config.retry_failed_s,
@@ -132,6 +149,16 @@ class EmbeddedService:
         """How worker processes map the arena."""
         return self._arena.handle
 
+    def slot(self, index: int) -> memoryview:
+        """Return the bytes of a slot, for whoever holds a lease or reservation of it. Any thread."""
+        return self._arena.slot(index)
+
+    @property
+    def description(self) -> str:
+        """Where blocks are kept, in a few words for a log."""
+        names = [HOST, *(opened.config.name for opened in self._tiers)]
+        return f"{self._arena.handle.num_slots} slots, tiers {', '.join(names)}"
+
     def problems(self) -> list[str]:
         """Return one line for each configured tier that this service goes on without."""
         return list(self._problems)
@@ -140,10 +167,10 @@ class EmbeddedService:
         """Tell how much of a prefix is there. No side effect."""
         return self._manager.lookup(keys, self._now())
 
-    def prefetch(self, owner: str, keys: Sequence[BlockKey]) -> int:
+    def prefetch(self, owner: str, keys: Sequence[BlockKey], block_s: float | None = None) -> Coming:
         """Start bringing the reachable prefix into the arena; return how many blocks are ready or coming."""
         now = self._now()
-        prefetch = self._manager.prefetch(owner, keys, now)
+        prefetch = self._manager.prefetch(owner, keys, now, block_s)
         self._submit(prefetch.transfers, now)
         return prefetch.coming
 
@@ -159,6 +186,10 @@ class EmbeddedService:
     def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation:
         """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed."""
         return self._manager.reserve(owner, keys, self._now())
+
+    def is_expected(self, key: BlockKey) -> bool:
+        """Tell whether a block is in the arena or on its way there, be it that somebody else reserved it."""
+        return self._manager.is_expected(key)
 
     def commit(self, reservation: Reservation, keys: Sequence[BlockKey]) -> None:
         """Make filled blocks visible and start spilling them; the reservation's others are aborted."""
@@ -236,6 +267,10 @@ class EmbeddedService:
             tiers=tiers,
         )
 
+    def report(self, counts: Counts) -> None:
+        """Count what happened since the last call."""
+        self._counting.add(self.counters(), counts)
+
     def close(self, deadline_s: float) -> None:
         """Finish transfers under way for at most ``deadline_s`` seconds and release everything. Idempotent."""
         if self._is_closed:
@@ -244,7 +279,10 @@ class EmbeddedService:
         deadline = time.monotonic() + deadline_s
         for scan in self._scans:
             scan.stop(_CLOSE_GRACE_S)
-        while self._mover.has_pending() and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
+            self._submit(self._manager.flush(), self._clock())
+            if not self._mover.has_pending():
+                break
             self._poll(wait_s=min(left, _CLOSE_POLL_S))
         for name in self._manager.uncleared_tiers:
             self._logger.error(
@@ -262,16 +300,24 @@ class EmbeddedService:
         if self._is_closed:
             raise ClosedError("the cache service is closed")
 
-    def _context(self, name: str, fingerprint: bytes, instance: str) -> TierContext:
+    def _context(self, tier: TierConfig, fingerprint: bytes) -> TierContext:
         return TierContext(
-            name=name,
+            name=tier.name,
             layout=self._layout,
             fingerprint=fingerprint,
-            instance=instance,
-            on_removed=lambda keys: self._removed.put((name, tuple(keys))),
+            instance=self._instance,
+            kept_instances=self._kept_instances,
+            on_removed=partial(self._on_removed, tier.name),
             make_eviction_policy=self._registry.eviction_policy,
-            logger=self._logger.getChild(name),
+            logger=self._logger.getChild(tier.name),
+            threads=tier.threads,
+            deadline_s=tier.deadline_s,
+            codec=tier.codec,
         )
+
+    def _on_removed(self, tier: str, keys: Iterable[object]) -> None:
+        """Queue what a tier dropped, leaving out what is no key. Called on the tier's threads."""
+        self._removed.put((tier, tuple(BlockKey(key) for key in keys if isinstance(key, bytes))))
 
     def _submit(self, transfers: Sequence[Transfer], now: float) -> None:
         if transfers:
@@ -338,20 +384,26 @@ class EmbeddedService:
 
     def _add_size(self, opened: OpenTier, counters: TierCounters) -> None:
         counters.removed_blocks = self._removals.get(opened.config.name, 0)
-        try:
-            stats = opened.tier.stats()
-        except Exception as error:  # noqa: BLE001  # boundary: a plugin's tier
-            self._logger.debug("tier %r has no stats: %s", opened.config.name, error)
-            return
-        counters.blocks = stats.blocks
-        counters.used_bytes = stats.used_bytes
-        counters.capacity_bytes = stats.capacity_bytes
-        counters.evictions = stats.evictions
+        with guards.boundary(partial(self._logger.debug, "tier %r has no stats: %s", opened.config.name)):
+            stats = msgspec.convert(msgspec.to_builtins(opened.tier.stats()), TierStats)
+            counters.blocks = stats.blocks
+            counters.used_bytes = stats.used_bytes
+            counters.capacity_bytes = stats.capacity_bytes
+            counters.evictions = stats.evictions
 
 
-def _spec(opened: OpenTier) -> LowerTierSpec:
+def _spec(opened: OpenTier, registry: PluginRegistry) -> LowerTierSpec:
     config = opened.config
-    return LowerTierSpec(config.name, queue_blocks=config.queue_blocks, has_scan=_has_scan(opened))
+    return LowerTierSpec(
+        name=config.name,
+        queue_blocks=config.queue_blocks,
+        has_scan=_has_scan(opened),
+        is_shared=opened.tier.capabilities.is_shared,
+        admission=registry.admission_policy(config.admission, f"tiers.{config.name}.admission"),
+        is_deferred=config.write == "back",
+        is_promoted_to=config.promote,
+        is_always_asked=config.ask == "always",
+    )
 
 
 def _has_scan(opened: OpenTier) -> bool:

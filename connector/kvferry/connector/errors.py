@@ -5,6 +5,7 @@ The tree follows responsibility, not modules: who has to act is readable from th
     KVFerryError                    root: catch this to catch all of them
     ├─ ConfigError                  the operator's fault; raised before anything starts
     ├─ PluginError                  a plugin broke its contract; ``__cause__`` is kept
+    ├─ PluginMissing                a broken plugin may have offered what the configuration names
     ├─ UsageError                   the calling code's fault
     │  ├─ ClosedError               used after ``close()``
     │  ├─ LeaseError                an unknown, expired or foreign lease or reservation
@@ -13,6 +14,8 @@ The tree follows responsibility, not modules: who has to act is readable from th
     ├─ TierError                    the outside's fault: a tier failed as a whole
     │  ├─ TierUnavailable           it cannot be reached or opened now
     │  └─ TierTimeout               it did not answer within its deadline
+    ├─ WireError                    the other end of a connection broke the protocol
+    ├─ AccessRefused                a credential was refused, by the server or by us
     └─ BlockRefused                 bytes were offered that must not reach a model
 
 A miss is not an error and has no class here: lookups and loads report it as a value.
@@ -20,7 +23,10 @@ A miss is not an error and has no class here: lookups and loads report it as a v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
+    "AccessRefused",
     "ArenaError",
     "BlockRefused",
     "ClosedError",
@@ -29,10 +35,12 @@ __all__ = [
     "LayoutError",
     "LeaseError",
     "PluginError",
+    "PluginMissing",
     "TierError",
     "TierTimeout",
     "TierUnavailable",
     "UsageError",
+    "WireError",
     "short_key",
 ]
 
@@ -75,6 +83,24 @@ class PluginError(KVFerryError):
         self.plugin = plugin
         self.hook = hook
         super().__init__(f"plugin {plugin!r} failed in {hook}: {why}; it is switched off")
+
+
+class PluginMissing(KVFerryError):
+    """The configuration names what no working plugin offers, and a broken plugin may be why.
+
+    Args:
+        path: Dotted path of the key that names it.
+        why: What is not there.
+        hint: What it might have been instead.
+        suspects: The plugins that are switched off.
+    """
+
+    def __init__(self, path: str, why: str, hint: str, suspects: Sequence[str]) -> None:
+        self.path = path
+        self.suspects = tuple(suspects)
+        super().__init__(
+            f"{path}: {why} ({hint}; switched off: {', '.join(suspects)}, see `kvferry plugins`)"
+        )
 
 
 class UsageError(KVFerryError):
@@ -120,6 +146,14 @@ class TierUnavailable(TierError):
 
 class TierTimeout(TierError):
     """The tier did not answer within its deadline."""
+
+
+class WireError(KVFerryError):
+    """The other end of a connection sent what the protocol does not allow; the connection is closed."""
+
+
+class AccessRefused(KVFerryError):
+    """A credential was refused: the server's opinion of ours, or ours of the server."""
 
 
 class BlockRefused(KVFerryError):

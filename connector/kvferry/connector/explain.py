@@ -71,9 +71,20 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     bytes_loaded: int = 0
     bytes_saved: int = 0
     wait_ms: float = 0.0
-    """From the first lookup until the blocks were in the arena."""
+    """From the first offer that was put off until the awaited blocks were in the arena, or given up."""
     load_ms: float = 0.0
     """From the offer until the blocks were in the engine's pages."""
+    expected_ms: float | None = None
+    """How long all that the tiers hold was expected to take to arrive, when it was first decided on; None
+    when nothing had to come or it was not known."""
+    recompute_ms: float | None = None
+    """How long the engine was expected to take to compute the same; None like ``expected_ms``."""
+    declined_blocks: dict[str, int] = {}
+    """Blocks left in their tier because the engine computes them sooner, by tier."""
+    regret_ms: float = 0.0
+    """How much sooner the blocks would have been computed than they came; 0 when the wait was worth it."""
+    regret_tier: str = ""
+    """The tier that was waited for then, ``several`` if it was not one alone."""
     failed: bool = False
     """A load failed and the engine recomputed."""
 

@@ -13,8 +13,8 @@ from kvferry.connector.plan import Direction, Transfer, TransferResult
 
 __all__ = ["Flights"]
 
-_DELETE_BLOCKS = 1024
-"""Keys per DELETE: no slots are involved, so batches may be large."""
+_SLOTLESS_BLOCKS = {Direction.DELETE: 1024, Direction.ASK: 256}
+"""Keys per transfer that involves no slots, so batches may be large."""
 
 
 class Flights:
@@ -39,11 +39,11 @@ class Flights:
             for batch in batches
         ]
 
-    def plan_deletes(self, tier: str, keys: Sequence[BlockKey]) -> list[Transfer]:
-        """Return transfers that delete ``keys``."""
+    def plan_slotless(self, direction: Direction, tier: str, keys: Sequence[BlockKey]) -> list[Transfer]:
+        """Return transfers that delete ``keys`` or ask for them."""
+        step = _SLOTLESS_BLOCKS[direction]
         return [
-            self._add(Direction.DELETE, tier, keys[first : first + _DELETE_BLOCKS], ())
-            for first in range(0, len(keys), _DELETE_BLOCKS)
+            self._add(direction, tier, keys[first : first + step], ()) for first in range(0, len(keys), step)
         ]
 
     def find(self, result: TransferResult) -> Transfer:
@@ -70,7 +70,7 @@ class Flights:
         return is_stale
 
     def make_stale(self) -> list[Transfer]:
-        """Mark the loads and stores under way as outdated and return the stores."""
+        """Mark the loads, stores and questions under way as outdated and return the stores."""
         moving = [one for one in self._transfers.values() if one.direction is not Direction.DELETE]
         self._stale.update(one.id for one in moving)
         return [one for one in moving if one.direction is Direction.STORE]

@@ -1,7 +1,8 @@
-"""Frames: a block as it lies outside the arena, a self-describing header and the payload.
+"""Frames: a block as it lies outside the arena, a self-describing header and the body.
 
-Nothing a tier returns is believed before :func:`verify` has found every field of the header, the
-payload's checksum and (where the operator gave a secret) its MAC to be what was asked for.
+The body is the block's payload, or what a codec made of it. Nothing a tier returns is believed, nor
+decoded, before :meth:`FrameSeal.verify` has found every field of the header, the body's checksum and
+(where the operator gave a secret) its MAC to be what was asked for.
 
 Header, little-endian, ``HEADER_BYTES`` long:
 
@@ -9,13 +10,13 @@ Header, little-endian, ``HEADER_BYTES`` long:
          0      8  magic ``KVFERRY\\0``
          8      2  version
         10      2  header length
-        12      2  codec id (0: none)
+        12      2  codec id (0: the body is the payload)
         14      2  flags (bit 0: a MAC is present)
         16     32  block key
         48     32  model fingerprint
-        80      8  payload length in bytes
-        88     16  XXH3-128 of the payload
-       104     32  keyed BLAKE3 over bytes 0..104 and the payload; zeros without a secret
+        80      8  length of the body in bytes
+        88     16  XXH3-128 of the body
+       104     32  keyed BLAKE3 over bytes 0..104 and the body; zeros without a secret
        136      8  XXH3-64 of bytes 0..136
        144    112  zeros
 
@@ -26,6 +27,8 @@ from __future__ import annotations
 
 import hmac
 import struct
+from collections.abc import Container
+from typing import NamedTuple
 
 import xxhash
 from blake3 import blake3
@@ -33,17 +36,27 @@ from blake3 import blake3
 from kvferry.connector.errors import BlockRefused
 from kvferry.connector.keys import BlockKey
 
-__all__ = ["FRAME_VERSION", "HEADER_BYTES", "FrameSeal", "peek_key"]
+__all__ = ["CODEC_NONE", "FRAME_VERSION", "HEADER_BYTES", "FrameSeal", "Sealed", "peek_key"]
 
 HEADER_BYTES = 256
 FRAME_VERSION = 1
+CODEC_NONE = 0
+"""Codec id of a frame whose body is the payload itself."""
 MAGIC = b"KVFERRY\0"
 
 _FIELDS = struct.Struct("<8sHHHH32s32sQ16s")
 _MAC_END = _FIELDS.size + 32
 _CHECK_END = _MAC_END + 8
 _FLAG_MAC = 1
-_CODEC_NONE = 0
+
+
+class Sealed(NamedTuple):
+    """What a verified frame holds."""
+
+    codec: int
+    """Id of the codec that made the body; ``CODEC_NONE`` for none."""
+    length: int
+    """Bytes of the body."""
 
 
 class FrameSeal:
@@ -67,50 +80,82 @@ class FrameSeal:
             else None
         )
 
-    def seal(self, key: BlockKey, header: memoryview, payload: memoryview) -> None:
-        """Write the header for ``payload`` into ``header`` (``HEADER_BYTES`` long).
+    @property
+    def payload_bytes(self) -> int:
+        """Length of every block's payload."""
+        return self._payload_bytes
 
-        Reads the whole payload once (checksum) or twice (with a MAC); releases the GIL meanwhile.
+    def seal(
+        self,
+        key: BlockKey,
+        header: memoryview,
+        payload: memoryview,
+        codec: int = CODEC_NONE,
+        length: int | None = None,
+    ) -> None:
+        """Write the header for the body at the start of ``payload`` into ``header``.
+
+        Reads the whole body once (checksum) or twice (with a MAC); releases the GIL meanwhile.
+
+        Args:
+            key: The block's key.
+            header: ``HEADER_BYTES`` bytes.
+            payload: Starts with the body; what follows is not sealed.
+            codec: What made the body.
+            length: Bytes of the body; a payload's when omitted.
         """
-        body = payload[: self._payload_bytes]
-        flags = _FLAG_MAC if self._mac_key is not None else 0
+        body = payload[: self._payload_bytes if length is None else length]
         fields = _FIELDS.pack(
             MAGIC,
             FRAME_VERSION,
             HEADER_BYTES,
-            _CODEC_NONE,
-            flags,
+            codec,
+            _FLAG_MAC if self._mac_key is not None else 0,
             key,
             self._fingerprint,
-            self._payload_bytes,
+            len(body),
             xxhash.xxh3_128_digest(body),
         )
         sealed = fields + self._mac(fields, body)
         header[:_CHECK_END] = sealed + struct.pack("<Q", xxhash.xxh3_64_intdigest(sealed))
         header[_CHECK_END:] = bytes(HEADER_BYTES - _CHECK_END)
 
-    def verify(self, key: BlockKey, header: memoryview, payload: memoryview) -> None:
-        """Raise BlockRefused unless ``header`` and ``payload`` are exactly the block ``key``."""
+    def verify(
+        self, key: BlockKey, header: memoryview, payload: memoryview, codecs: Container[int] = ()
+    ) -> Sealed:
+        """Return what the frame holds, if it is exactly the block ``key``; decodes nothing.
+
+        Args:
+            key: The block that was asked for.
+            header: ``HEADER_BYTES`` bytes.
+            payload: At least ``payload_bytes`` bytes; the body is at the start.
+            codecs: Ids that are accepted besides ``CODEC_NONE``.
+
+        Raises:
+            BlockRefused: Something is not as it has to be; nothing of the body may be used.
+        """
         fields = bytes(header[: _FIELDS.size])
         found = _FIELDS.unpack(fields)
-        magic, version, length, codec, flags, found_key, fingerprint, payload_bytes, checksum = found
-        body = payload[: self._payload_bytes]
+        magic, version, header_bytes, codec, flags, found_key, fingerprint, length, checksum = found
         (check,) = struct.unpack("<Q", header[_MAC_END:_CHECK_END])
+        shortest = self._payload_bytes if codec == CODEC_NONE else 1
         expectations = [
             ("magic", magic == MAGIC, "not a kvferry frame"),
-            ("version", (version, length) == (FRAME_VERSION, HEADER_BYTES), f"frame version {version}"),
+            ("version", (version, header_bytes) == (FRAME_VERSION, HEADER_BYTES), f"frame version {version}"),
             ("header", check == xxhash.xxh3_64_intdigest(header[:_MAC_END]), "damaged header"),
-            ("codec", codec == _CODEC_NONE, f"unknown codec {codec}"),
+            ("codec", codec == CODEC_NONE or codec in codecs, f"codec {codec} is not read here"),
             ("key", found_key == key, "the frame holds another block"),
             ("fingerprint", fingerprint == self._fingerprint, "the frame is another model's"),
-            ("length", payload_bytes == self._payload_bytes, f"payload of {payload_bytes} bytes"),
+            ("length", shortest <= length <= self._payload_bytes, f"body of {length} bytes"),
         ]
         for reason, holds, why in expectations:
             if not holds:
                 raise BlockRefused(key, reason, why)
+        body = payload[:length]
         if xxhash.xxh3_128_digest(body) != checksum:
-            raise BlockRefused(key, "checksum", "the payload's bytes have changed")
+            raise BlockRefused(key, "checksum", "the body's bytes have changed")
         self._verify_mac(key, fields, flags, bytes(header[_FIELDS.size : _MAC_END]), body)
+        return Sealed(codec, length)
 
     def _mac(self, fields: bytes, body: memoryview) -> bytes:
         if self._mac_key is None:

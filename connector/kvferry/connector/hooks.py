@@ -15,16 +15,23 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from kvferry.connector.admission import AdmissionPolicy
     from kvferry.connector.bench.case import BenchCase
-    from kvferry.connector.doctor import Finding
+    from kvferry.connector.codec import CodecType
+    from kvferry.connector.finding import Finding
     from kvferry.connector.keys import BlockKey
     from kvferry.connector.policy import EvictionPolicy
     from kvferry.connector.tier import TierType
 
-__all__ = ["PROJECT", "hookimpl", "hookspec"]
+__all__ = ["API_VERSION", "PROJECT", "hookimpl", "hookspec"]
 
 PROJECT = "kvferry"
 """pluggy project name and entry-point group."""
+
+API_VERSION = 1
+"""Version of everything a plugin may use: these hooks, ``tier``, ``codec``, ``admission``, ``policy`` and
+``testing``. It grows when something is added; what is there is not changed or removed within a version
+of kvferry's major number. A plugin that needs a newer one says so in ``kvferry_api_version``."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -38,6 +45,16 @@ def kvferry_tier_types() -> Sequence[TierType]:  # type: ignore[empty-body]
 @hookspec
 def kvferry_eviction_policies() -> dict[str, Callable[[], EvictionPolicy]]:  # type: ignore[empty-body]
     """Return eviction policies by the name that configuration uses."""
+
+
+@hookspec
+def kvferry_admission_policies() -> dict[str, Callable[[], AdmissionPolicy]]:  # type: ignore[empty-body]
+    """Return admission policies by the name that configuration uses."""
+
+
+@hookspec
+def kvferry_codecs() -> Sequence[CodecType]:  # type: ignore[empty-body]
+    """Return the codecs this plugin offers for blocks at rest."""
 
 
 @hookspec

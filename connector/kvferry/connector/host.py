@@ -8,13 +8,14 @@ Pure state, owned by the manager's thread.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.policy import EvictionPolicy
 from kvferry.connector.pool import SlotPool
 from kvferry.connector.residency import Residency
 from kvferry.connector.service import HOST, MissReason
+from kvferry.connector.spill import Spills
 from kvferry.connector.tally import Counters
 
 __all__ = ["HostBlocks"]
@@ -27,15 +28,22 @@ class HostBlocks:
         pool: The slots.
         policy: Who is evicted first. What it proposes is checked.
         residency: The index.
+        spills: What is still to be written to tiers below; evicted last.
         counters: Where evictions are counted.
     """
 
     def __init__(
-        self, pool: SlotPool, policy: EvictionPolicy, residency: Residency, counters: Counters
+        self,
+        pool: SlotPool,
+        policy: EvictionPolicy,
+        residency: Residency,
+        spills: Spills,
+        counters: Counters,
     ) -> None:
         self._pool = pool
         self._policy = policy
         self._residency = residency
+        self._spills = spills
         self._counters = counters
 
     def take_slots(self, count: int, spared: Collection[BlockKey] = ()) -> list[int]:
@@ -84,18 +92,26 @@ class HostBlocks:
         for key in keys:
             self._policy.remove(key)
             self._pool.retire(self._residency.arena.pop(key))
+        self._counters.lost_writes += self._spills.left(keys)
         self._residency.emit("removed", HOST, keys)
 
     def _make_room(self, count: int, spared: Collection[BlockKey]) -> None:
-        needed = min(count - self._pool.num_free, self._pool.num_evictable)
-        if needed <= 0:
-            return
-        arena, pool = self._residency.arena, self._pool
+        """Evict what is short, blocks that wait for a deferred write last."""
+        arena, pool, spills = self._residency.arena, self._pool, self._spills
 
-        def is_evictable(key: BlockKey) -> bool:
+        def may_go(key: BlockKey) -> bool:
             slot = arena.get(key)
             return slot is not None and pool.is_evictable(slot) and key not in spared
 
+        if spills.num_unwritten:
+            self._evict(count, lambda key: may_go(key) and not spills.is_unwritten(key))
+        self._evict(count, may_go)
+
+    def _evict(self, count: int, is_evictable: Callable[[BlockKey], bool]) -> None:
+        """Evict until ``count`` slots are free or nothing evictable is left."""
+        needed = min(count - self._pool.num_free, self._pool.num_evictable)
+        if needed <= 0:
+            return
         proposed = dict.fromkeys(self._policy.victims(needed, is_evictable))
         victims = [key for key in proposed if is_evictable(key)]
         self._counters.bad_victims += len(proposed) - len(victims)

@@ -31,7 +31,9 @@ __all__ = [
     "KeyChain",
     "ModelIdentity",
     "Scope",
+    "epoch_fingerprint",
     "root_key",
+    "tenant_fingerprint",
 ]
 
 BlockKey = NewType("BlockKey", bytes)
@@ -108,6 +110,27 @@ class Extra(msgspec.Struct, frozen=True):
     """Position of the item relative to the block's first token; negative if it began earlier."""
     digest: bytes
     """The item's content hash at full width."""
+
+
+def epoch_fingerprint(fingerprint: bytes, nonce: bytes) -> bytes:
+    """Return the fingerprint of a model whose weights were changed in place.
+
+    Args:
+        fingerprint: The model's fingerprint until now.
+        nonce: 32 random bytes, so that these blocks are shared with nobody, now or later.
+    """
+    return _digest([b"epoch", fingerprint, nonce])
+
+
+def tenant_fingerprint(fingerprint: bytes, tenant: str) -> bytes:
+    """Return the fingerprint under which a cache server keeps a tenant's blocks, in every tier.
+
+    Args:
+        fingerprint: The model's fingerprint, as the engine gave it.
+        tenant: The tenant that the credential belongs to; empty for the one without a name, whose
+            blocks engines with a cache of their own share.
+    """
+    return _digest([b"tenant", fingerprint, tenant.encode()]) if tenant else fingerprint
 
 
 def root_key(fingerprint: bytes, scope: Scope) -> BlockKey:

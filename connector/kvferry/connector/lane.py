@@ -1,8 +1,9 @@
 """A lane: one tier's bounded queue and the threads that call the tier.
 
 A thread takes a transfer, composes or verifies its frames and calls the tier; whatever the tier does,
-the transfer is reported exactly once. A block whose bytes are refused is deleted from the tier before
-the refusal is reported. Loads go before everything else, and the rest leaves one thread free for loads.
+the transfer is reported exactly once. A block whose bytes are damaged is deleted from the tier before the
+refusal is reported; what only this reader refuses stays where others share the tier. Questions and loads
+go before everything else, and the rest leaves one thread free for them.
 
 Threading: ``put`` and ``withdraw`` belong to the mover's thread, the rest to the lane's own threads,
 which are named ``kvferry-<tier>-<n>``. The queue is the only state they share.
@@ -15,12 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from typing import TypeVar
 
 import msgspec
 
+from kvferry.connector.coder import FrameCoder
 from kvferry.connector.errors import BlockRefused, TierError, short_key
-from kvferry.connector.frame import HEADER_BYTES, FrameSeal
+from kvferry.connector.frame import HEADER_BYTES
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.plan import Direction, Transfer
 from kvferry.connector.tier import Frame, Outcome, Tier
@@ -29,6 +31,14 @@ __all__ = ["Job", "JobReport", "Lane"]
 
 _IDLE_WAIT_S = 60.0
 _LOG_EVERY_S = 60.0
+_DAMAGE = frozenset({"magic", "header", "key", "fingerprint", "length", "checksum"})
+"""Reasons of a refusal that hold for every reader. Others, such as a codec that is not installed here or
+another secret, are between the block and this reader: who shares the tier may still want it."""
+_WRITES = frozenset({Direction.STORE, Direction.DELETE})
+"""Nobody waits for these, so they leave a thread free for what somebody waits for."""
+
+
+_Answer = TypeVar("_Answer")
 
 
 class Job(msgspec.Struct, eq=False):
@@ -49,9 +59,18 @@ class JobReport(msgspec.Struct, frozen=True):
     outcomes: tuple[Outcome, ...]
     refused: tuple[tuple[BlockKey, str], ...] = ()
     """Blocks whose bytes were refused, and why."""
+    moved_bytes: int = 0
+    """Of the bodies that were stored, or loaded and found good."""
     duration_s: float = 0.0
     error: str = ""
     """Why the tier failed as a whole, if it did."""
+
+
+class _Effects(msgspec.Struct):
+    """What a call did beside its outcomes."""
+
+    refused: list[tuple[BlockKey, str]] = []
+    moved_bytes: int = 0
 
 
 class Lane:
@@ -62,9 +81,9 @@ class Lane:
         tier: What is called.
         threads: How many threads call it.
         queue_blocks: Blocks that may wait to be stored.
-        seal: Composes and verifies frames.
+        coder: Composes and verifies frames.
         slot: Returns the bytes of an arena slot.
-        reports: Where the tier's name and a report go.
+        report: Called with the tier's name and a report, on the lane's threads.
         clock: Seconds, monotonic.
         logger: Where failures are reported, each kind at most once a minute.
     """
@@ -76,17 +95,18 @@ class Lane:
         *,
         threads: int,
         queue_blocks: int,
-        seal: FrameSeal,
+        coder: FrameCoder,
         slot: Callable[[int], memoryview],
-        reports: SimpleQueue[tuple[str, JobReport]],
+        report: Callable[[str, JobReport], None],
         clock: Callable[[], float],
         logger: logging.Logger,
     ) -> None:
         self.name = name
         self._tier = tier
-        self._seal = seal
+        self._is_shared = tier.capabilities.is_shared
+        self._coder = coder
         self._slot = slot
-        self._reports = reports
+        self._report = report
         self._clock = clock
         self._log = _SparseLog(logger)
         self._queue = _Queue(queue_blocks, max(1, threads - 1))
@@ -121,59 +141,71 @@ class Lane:
         while (job := self._queue.take(self._clock)) is not None:
             report = self._run(job)
             self._queue.done(job)
-            self._reports.put((self.name, report))
+            self._report(self.name, report)
             del job, report  # an idle thread holds no views of the arena
 
     def _run(self, job: Job) -> JobReport:
-        refused: list[tuple[BlockKey, str]] = []
+        effects = _Effects()
         outcomes = [Outcome.FAILED] * len(job.transfer.keys)
         why = ""
         try:
-            outcomes = self._call(job.transfer, refused)
+            outcomes = self._call(job.transfer, effects)
         except BaseException as error:  # noqa: BLE001  # boundary: whatever a tier raises, the job is reported
             why = str(error) if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
             kind = f"{job.transfer.direction.value} {type(error).__name__}"
             self._log.warn(kind, f"tier {self.name!r} failed to {job.transfer.direction.value}: {why}")
         duration = self._clock() - (job.started or 0.0)
-        return JobReport(job, tuple(outcomes), tuple(refused), duration, why)
+        return JobReport(job, tuple(outcomes), tuple(effects.refused), effects.moved_bytes, duration, why)
 
-    def _call(self, transfer: Transfer, refused: list[tuple[BlockKey, str]]) -> list[Outcome]:
+    def _call(self, transfer: Transfer, effects: _Effects) -> list[Outcome]:
         if transfer.direction is Direction.LOAD:
-            return self._load(transfer, refused)
+            return self._load(transfer, effects)
         if transfer.direction is Direction.STORE:
-            return self._store(transfer)
+            return self._store(transfer, effects)
+        if transfer.direction is Direction.ASK:
+            return self._ask(transfer)
         self._tier.delete(transfer.keys)
         return [Outcome.OK] * len(transfer.keys)
 
     def _frames(self, transfer: Transfer) -> list[Frame]:
         headers = memoryview(bytearray(HEADER_BYTES * len(transfer.keys)))
         return [
-            Frame(key, headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES], self._slot(slot))
+            Frame(
+                key,
+                headers[index * HEADER_BYTES : (index + 1) * HEADER_BYTES],
+                self._slot(slot),
+                self._coder.payload_bytes,
+            )
             for index, (key, slot) in enumerate(zip(transfer.keys, transfer.slots, strict=True))
         ]
 
-    def _store(self, transfer: Transfer) -> list[Outcome]:
-        frames = self._frames(transfer)
-        for frame in frames:
-            self._seal.seal(frame.key, frame.header, frame.payload)
-        sealed = [Frame(frame.key, frame.header.toreadonly(), frame.payload.toreadonly()) for frame in frames]
-        return self._checked(self._tier.store(sealed), transfer)
+    def _store(self, transfer: Transfer, effects: _Effects) -> list[Outcome]:
+        packed = self._coder.pack(self._frames(transfer))
+        outcomes = self._checked(self._tier.store(packed), Outcome, transfer)
+        stored = zip(packed, outcomes, strict=True)
+        effects.moved_bytes = sum(frame.length for frame, outcome in stored if outcome is Outcome.OK)
+        return outcomes
 
-    def _load(self, transfer: Transfer, refused: list[tuple[BlockKey, str]]) -> list[Outcome]:
+    def _load(self, transfer: Transfer, effects: _Effects) -> list[Outcome]:
         frames = self._frames(transfer)
-        outcomes = self._checked(self._tier.load(frames), transfer)
+        outcomes = self._checked(self._tier.load(frames), Outcome, transfer)
         for index, frame in enumerate(frames):
             if outcomes[index] is not Outcome.OK:
                 continue
             try:
-                self._seal.verify(frame.key, frame.header, frame.payload)
+                effects.moved_bytes += self._coder.unpack(frame)
             except BlockRefused as refusal:
                 outcomes[index] = Outcome.FAILED
-                refused.append((frame.key, refusal.reason))
+                effects.refused.append((frame.key, refusal.reason))
                 self._log.warn(f"refused {refusal.reason}", f"tier {self.name!r}: {refusal}")
-        if refused:
-            self._quarantine([key for key, _ in refused])
+        doomed = [key for key, reason in effects.refused if reason in _DAMAGE or not self._is_shared]
+        if doomed:
+            self._quarantine(doomed)
         return outcomes
+
+    def _ask(self, transfer: Transfer) -> list[Outcome]:
+        answers = self._checked(self._tier.contains(transfer.keys), bool, transfer)
+        return [Outcome.OK if answer else Outcome.MISSING for answer in answers]
 
     def _quarantine(self, keys: list[BlockKey]) -> None:
         """Delete refused blocks, so that nobody meets them again."""
@@ -183,16 +215,17 @@ class Lane:
             what = f"tier {self.name!r}: refused block {short_key(keys[0])} could not be deleted: {error}"
             self._log.warn(f"quarantine {type(error).__name__}", what)
 
-    def _checked(self, outcomes: object, transfer: Transfer) -> list[Outcome]:
-        """Believe a plugin's answer only if it has the promised shape."""
+    def _checked(self, answers: object, promised: type[_Answer], transfer: Transfer) -> list[_Answer]:
+        """Believe a plugin's answers only if they have the promised shape."""
         if (
-            not isinstance(outcomes, list | tuple)
-            or len(outcomes) != len(transfer.keys)
-            or not all(isinstance(outcome, Outcome) for outcome in outcomes)
+            not isinstance(answers, list | tuple)
+            or len(answers) != len(transfer.keys)
+            or not all(isinstance(answer, promised) for answer in answers)
         ):
-            what = f"{transfer.direction.value} did not return one Outcome for each of {len(transfer.keys)} blocks"
+            call, count = transfer.direction.value, len(transfer.keys)
+            what = f"{call} did not return one {promised.__name__} for each of {count} blocks"
             raise TierError(self.name, what, "report this to the plugin's author")
-        return list(outcomes)
+        return list(answers)
 
 
 class _Queue:
@@ -202,6 +235,7 @@ class _Queue:
         self.queued_blocks = 0
         self._queue_blocks = queue_blocks
         self._max_writers = max_writers
+        self._asks: deque[Job] = deque()
         self._loads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
         self._writers = 0
@@ -231,13 +265,13 @@ class _Queue:
 
     def done(self, job: Job) -> None:
         with self._changed:
-            if job.transfer.direction is not Direction.LOAD:
+            if job.transfer.direction in _WRITES:
                 self._writers -= 1
                 self._changed.notify()
 
     def withdraw(self, wanted: Callable[[Job], bool]) -> list[Job]:
         with self._changed:
-            taken = [job for jobs in (self._loads, self._writes) for job in jobs if wanted(job)]
+            taken = [job for jobs in (self._asks, self._loads, self._writes) for job in jobs if wanted(job)]
             for job in taken:
                 self._queue_of(job).remove(job)
                 self._leave(job)
@@ -249,13 +283,17 @@ class _Queue:
             self._changed.notify_all()
 
     def _queue_of(self, job: Job) -> deque[Job]:
-        return self._loads if job.transfer.direction is Direction.LOAD else self._writes
+        if job.transfer.direction in _WRITES:
+            return self._writes
+        return self._loads if job.transfer.direction is Direction.LOAD else self._asks
 
     def _leave(self, job: Job) -> None:
         if job.transfer.direction is Direction.STORE:
             self.queued_blocks -= len(job.transfer.keys)
 
     def _next(self) -> Job | None:
+        if self._asks:
+            return self._asks.popleft()
         if self._loads:
             return self._loads.popleft()
         if not self._writes or self._writers == self._max_writers:

@@ -43,14 +43,20 @@ class BlockLayout(msgspec.Struct, frozen=True, kw_only=True):
     """Geometry of one canonical block."""
 
     num_layers: int
+    """Layers with a KV cache."""
     num_kv_heads: int
     """KV heads of the whole model (1 for MLA)."""
     block_tokens: int
+    """Tokens of a block."""
     head_dim: int
     """Elements per token and head of K (or of V); the full latent width for MLA."""
     kv_factor: int = 2
+    """2 for K and V, 1 where they are one (MLA)."""
     itemsize: int
     """Bytes per element."""
+    dtype: str = ""
+    """Element type by its usual name (``bfloat16``); empty when unknown. Only codecs that must
+    understand elements ask for it."""
 
     @property
     def token_bytes(self) -> int:

@@ -10,21 +10,32 @@ Pure state, owned by the manager's thread.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from kvferry.connector.flights import Flights
+from kvferry.connector.forecast import Cut, worthwhile
 from kvferry.connector.host import HostBlocks
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.leases import Holds
-from kvferry.connector.lower import LowerTier
+from kvferry.connector.lower import LowerTier, LowerTiers
 from kvferry.connector.plan import Direction, Transfer, TransferResult
 from kvferry.connector.pool import SlotPool
 from kvferry.connector.residency import Residency
-from kvferry.connector.service import MissReason
+from kvferry.connector.service import Match, MissReason
 from kvferry.connector.tier import Outcome
 
-__all__ = ["Loads"]
+__all__ = ["LoadEnd", "Loads"]
+
+
+class LoadEnd(NamedTuple):
+    """What came of a load."""
+
+    arrived: list[BlockKey]
+    """Blocks that are in the arena now and were not before."""
+    retries: list[Transfer]
+    """Loads of the others from the next tiers that hold them."""
 
 
 class _Awaited(msgspec.Struct, eq=False):
@@ -42,6 +53,7 @@ class Loads:
         host: Where blocks are admitted.
         holds: Where loaded blocks are pinned for those who wait.
         residency: Which tier holds what.
+        lower: The tiers; their forecasts are told of every load.
         flights: Where transfers are planned.
         retry_s: Time for which a block is not asked again of a tier that failed to deliver it.
     """
@@ -52,6 +64,7 @@ class Loads:
         host: HostBlocks,
         holds: Holds,
         residency: Residency,
+        lower: LowerTiers,
         flights: Flights,
         retry_s: float,
     ) -> None:
@@ -59,6 +72,7 @@ class Loads:
         self._host = host
         self._holds = holds
         self._residency = residency
+        self._forecasts = {tier.name: tier.forecast for tier in lower.all()}
         self._flights = flights
         self._retry_s = retry_s
         self._awaited: dict[BlockKey, _Awaited] = {}
@@ -71,17 +85,45 @@ class Loads:
         """Return how many blocks are on their way and still in time."""
         return len(self._awaited)
 
+    def worthwhile(
+        self, owner: str, keys: Sequence[BlockKey], match: Match, block_s: float | None, now: float
+    ) -> Cut:
+        """Choose how much of a reachable prefix to ask for; all of it where ``block_s`` is not known.
+
+        What was asked for is not given up again: how long to wait for it is the owner's affair.
+        """
+        if block_s is None or match.ready == match.reachable:
+            return Cut(match.reachable, 0, None)
+        on_their_way, asked = set(), 0
+        for index in range(match.ready, match.reachable):
+            awaited = self._awaited.get(keys[index])
+            if awaited is not None:
+                on_their_way.add(index)
+                asked = index + 1 if owner in awaited.owners else asked
+        cut = worthwhile(match.tiers, self._forecasts, block_s, now, on_their_way)
+        return cut if cut.blocks >= asked else Cut(asked, 0, cut.expected_s)
+
+    def is_answer_worthwhile(
+        self, owner: str, keys: Sequence[BlockKey], match: Match, tier: str, block_s: float | None, now: float
+    ) -> bool:
+        """Tell whether more would be asked for if ``tier`` held all blocks after the reachable ones."""
+        rest = len(keys) - match.reachable
+        hoped = match._replace(reachable=len(keys), tiers=(*match.tiers, *[tier] * rest))
+        return self.worthwhile(owner, keys, hoped, block_s, now).blocks > match.reachable
+
     def join(self, key: BlockKey, owner: str) -> None:
         """Wait for a block that is on its way already."""
         self._awaited[key].owners.add(owner)
 
-    def start(self, owner: str, blocks: Sequence[tuple[BlockKey, int, str]]) -> list[Transfer]:
-        """Plan loads of blocks, given as key, reserved slot and tier."""
+    def start(
+        self, owner: str | None, blocks: Sequence[tuple[BlockKey, int, str]], now: float
+    ) -> list[Transfer]:
+        """Plan loads of blocks, given as key, reserved slot and tier; for no ``owner`` nobody waits."""
         by_tier: dict[str, list[tuple[BlockKey, int]]] = {}
         for key, slot, tier in blocks:
-            self._awaited[key] = _Awaited(slot, {owner})
+            self._awaited[key] = _Awaited(slot, set() if owner is None else {owner})
             by_tier.setdefault(tier, []).append((key, slot))
-        return self._plan(by_tier)
+        return self._plan(by_tier, now)
 
     def give_up(self, keys: Sequence[BlockKey]) -> None:
         """Stop waiting for blocks; their slots come back with the final reports."""
@@ -99,15 +141,15 @@ class Loads:
                 del self._awaited[key]
                 self._bar(tier, key, MissReason.DEADLINE, now)
 
-    def discarded(self, transfer: Transfer) -> None:
+    def discarded(self, tier: LowerTier, transfer: Transfer, result: TransferResult, now: float) -> None:
         """Take in the final report of a load that nobody may use: the cache was cleared."""
+        _learn(tier, result, now)
         for slot in transfer.slots:
             self._pool.free(slot)
 
-    def ended(
-        self, tier: LowerTier, transfer: Transfer, result: TransferResult, now: float
-    ) -> list[Transfer]:
-        """Take in a load's final report, in time or late; return loads from the next tiers."""
+    def ended(self, tier: LowerTier, transfer: Transfer, result: TransferResult, now: float) -> LoadEnd:
+        """Take in a load's final report, in time or late."""
+        _learn(tier, result, now)
         arrived: list[tuple[BlockKey, int]] = []
         waiting: dict[BlockKey, set[str]] = {}
         retries: dict[str, list[tuple[BlockKey, int]]] = {}
@@ -126,17 +168,20 @@ class Loads:
                 retries.setdefault(retry, []).append((key, slot))
             else:
                 self._pool.free(slot)
-        self._host.admit(arrived)
+        admitted = self._host.admit(arrived)
         for key, owners in waiting.items():
             self._pin_for(owners, key, tier.name)
-        return self._plan(retries)
+        return LoadEnd([key for key, _ in admitted], self._plan(retries, now))
 
-    def _plan(self, by_tier: Mapping[str, Sequence[tuple[BlockKey, int]]]) -> list[Transfer]:
-        return [
+    def _plan(self, by_tier: Mapping[str, Sequence[tuple[BlockKey, int]]], now: float) -> list[Transfer]:
+        loads = [
             load
             for tier, blocks in by_tier.items()
             for load in self._flights.plan(Direction.LOAD, tier, blocks)
         ]
+        for load in loads:
+            self._forecasts[load.tier].started(len(load.keys), now)
+        return loads
 
     def _is_awaited(self, key: BlockKey, slot: int) -> bool:
         awaited = self._awaited.get(key)
@@ -146,6 +191,7 @@ class Loads:
         if is_refused or outcome is Outcome.MISSING:
             reason = MissReason.REFUSED if is_refused else MissReason.EVICTED
             self._residency.lost_below([key], tier.bit, reason)
+            self._residency.asking.absent([key], tier.bit, now)
             if is_refused:
                 tier.doubt([key])
         else:
@@ -160,3 +206,9 @@ class Loads:
             if hold is not None:
                 self._holds.pin(hold, key, self._residency.arena[key])
                 hold.sources[key] = tier
+
+
+def _learn(tier: LowerTier, result: TransferResult, now: float) -> None:
+    delivered = result.outcomes.count(Outcome.OK)
+    blocks = len(result.transfer.keys)
+    tier.forecast.ended(blocks, result.duration_s, result.queued_s, delivered, now)

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from kvferry.connector.admission import AdmissionPolicy, Always
 from kvferry.connector.errors import UsageError
+from kvferry.connector.forecast import TierForecast
 from kvferry.connector.keys import BlockKey
+from kvferry.connector.spill import Spill
 
 __all__ = ["LowerTier", "LowerTierSpec", "LowerTiers"]
 
@@ -24,7 +27,7 @@ MAX_DOUBTFUL = 65536
 tier stays out of use after one."""
 
 
-class LowerTierSpec(msgspec.Struct, frozen=True):
+class LowerTierSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the manager must know about a tier below the arena."""
 
     name: str
@@ -33,6 +36,16 @@ class LowerTierSpec(msgspec.Struct, frozen=True):
     has_scan: bool = False
     """True when ``on_tier_scanned`` will be called until ``is_complete``; ``clear`` then also deletes
     what is scanned later."""
+    is_shared: bool = False
+    """Others may add blocks, so it has to be asked."""
+    admission: AdmissionPolicy = msgspec.field(default_factory=Always)
+    """Which blocks are worth a write; for this tier alone."""
+    is_deferred: bool = False
+    """Blocks are written when the arena runs short of room, not at once."""
+    is_promoted_to: bool = True
+    """Blocks that were loaded from a tier below are stored here."""
+    is_always_asked: bool = False
+    """Blocks are loaded from it also where the engine is expected to compute them sooner."""
 
 
 class LowerTier:
@@ -46,9 +59,15 @@ class LowerTier:
     def __init__(self, spec: LowerTierSpec, bit: int) -> None:
         self.name = spec.name
         self.bit = bit
+        self.is_shared = spec.is_shared
+        self.is_promoted_to = spec.is_promoted_to
+        self.spill = Spill(spec.admission, spec.is_deferred)
+        self.forecast = TierForecast(spec.is_always_asked)
         self.is_available = True
-        self.storing_blocks = 0
+        self.storing: set[BlockKey] = set()
         """Blocks on their way to the tier."""
+        self.full_until = 0.0
+        """When to offer blocks again after the tier had no room for one."""
         self.is_purging_scan = False
         """What the start-up scan still finds is to be deleted, not indexed."""
         self._queue_blocks = spec.queue_blocks
@@ -72,7 +91,7 @@ class LowerTier:
     @property
     def room_blocks(self) -> int:
         """How many more blocks may be sent on their way to the tier."""
-        return max(0, self._queue_blocks - self.storing_blocks)
+        return max(0, self._queue_blocks - len(self.storing))
 
     def await_end(self, transfer_id: int) -> None:
         """Keep the tier from use until a transfer has ended."""

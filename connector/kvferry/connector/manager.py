@@ -7,7 +7,8 @@ transfers somebody (``mover``) has to carry out, and takes the time as an argume
 The arena includes what it can: a block that a tier below holds may be reserved and committed again,
 which brings it back without a load. Parts: ``pool`` (slots), ``residency`` (which block is where),
 ``host`` (how blocks enter and leave the arena), ``policy`` (who is evicted), ``leases`` (who may touch
-which slots, until when), ``lower`` (the tiers below), ``loads`` (blocks coming from them), ``flights``
+which slots, until when), ``lower`` (the tiers below), ``loads`` (blocks coming
+from them), ``stores`` (blocks going to them), ``questions`` (what others put into them), ``flights``
 (transfers under way).
 
 Owned by one thread. ``now`` is monotonic time in seconds and never goes backwards between calls.
@@ -15,11 +16,13 @@ Owned by one thread. ``now`` is monotonic time in seconds and never goes backwar
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
 
+from kvferry.connector.asking import Asking
 from kvferry.connector.errors import LeaseError, short_key
 from kvferry.connector.flights import Flights
 from kvferry.connector.host import HostBlocks
@@ -30,8 +33,11 @@ from kvferry.connector.lower import LowerTier, LowerTiers, LowerTierSpec
 from kvferry.connector.plan import Direction, Transfer, TransferResult
 from kvferry.connector.policy import EvictionPolicy
 from kvferry.connector.pool import SlotPool
+from kvferry.connector.questions import Questions
 from kvferry.connector.residency import EVERY_TIER, Residency
-from kvferry.connector.service import HOST, Lease, Match, MissReason, Place, Reservation, ServiceEvent
+from kvferry.connector.service import HOST, Coming, Lease, Match, MissReason, Place, Reservation, ServiceEvent
+from kvferry.connector.spill import Spills
+from kvferry.connector.stores import Stores
 from kvferry.connector.tally import Counters, Occupancy
 from kvferry.connector.tier import Outcome
 
@@ -49,15 +55,19 @@ class ManagerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks per load or store."""
     remembered_blocks: int = 65536
     """Removed or failed blocks whose reason is remembered."""
+    answered_blocks: int = 1 << 18
+    """Answers of each shared tier that are remembered."""
+    absent_s: float = 2.0
+    """Time for which a shared tier is not asked again for a block that it did not hold."""
 
 
 class Prefetch(NamedTuple):
     """What a prefetch achieved."""
 
-    coming: int
-    """Leading blocks that are ready or on their way."""
+    coming: Coming
+    """What is ready or on its way."""
     transfers: list[Transfer]
-    """LOADs to carry out now."""
+    """LOADs and ASKs to carry out now."""
 
 
 class BlockManager:
@@ -87,36 +97,71 @@ class BlockManager:
         self._counters = Counters()
         self._pool = SlotPool(num_slots, on_generation)
         self._lower = LowerTiers(tiers)
-        self._residency = Residency([spec.name for spec in tiers], options.remembered_blocks)
-        self._host = HostBlocks(self._pool, policy, self._residency, self._counters)
+        shared = sum(tier.bit for tier in self._lower.all() if tier.is_shared)
+        self._residency = Residency(
+            [spec.name for spec in tiers],
+            options.remembered_blocks,
+            Asking(shared, options.answered_blocks, options.absent_s),
+            [spec.admission for spec in tiers],
+        )
+        spills = Spills([tier.spill for tier in self._lower.all()])
+        self._host = HostBlocks(self._pool, policy, self._residency, spills, self._counters)
         self._leases = Leases(self._pool)
         self._holds = Holds(self._pool)
         self._reservations = Reservations(self._pool)
         self._flights = Flights(options.batch_blocks)
         self._loads = Loads(
-            self._pool, self._host, self._holds, self._residency, self._flights, options.retry_failed_s
+            self._pool,
+            self._host,
+            self._holds,
+            self._residency,
+            self._lower,
+            self._flights,
+            options.retry_failed_s,
         )
+        self._stores = Stores(
+            self._pool, self._residency, spills, self._flights, self._counters, options.retry_failed_s
+        )
+        self._questions = Questions(self._lower, self._residency, self._flights, options.absent_s)
 
     # Lookups and leases
 
     def lookup(self, keys: Sequence[BlockKey], now: float) -> Match:
         """Tell how much of a prefix is there. Changes nothing but counters."""
         match = self._residency.match(keys, now)
+        counters = self._counters
+        counters.lookup_blocks += len(keys)
+        if match.reachable > match.ready:
+            counters.found.update(match.tiers)
+        elif match.ready:
+            counters.found[HOST] += match.ready
         if match.missing is not MissReason.NONE:
-            self._counters.misses[match.missing.value] += 1
+            counters.misses[match.missing.value] += 1
         return match
 
-    def prefetch(self, owner: str, keys: Sequence[BlockKey], now: float) -> Prefetch:
+    def prefetch(
+        self, owner: str, keys: Sequence[BlockKey], now: float, block_s: float | None = None
+    ) -> Prefetch:
         """Pin the ready blocks of the reachable prefix for ``owner`` and plan loads of the others.
 
-        Repeating it is cheap and renews the pins. Where slots run out the prefix is cut.
+        Where a shared tier may hold what comes next, plan to ask it. Repeating it is cheap and renews the
+        pins. The prefix is cut where slots run out, and where computing its rest is expected to be faster
+        (``block_s`` seconds a block). A tier's answer is waited for if its blocks could be worth loading.
         """
         match = self._residency.match(keys, now)
+        cut = self._loads.worthwhile(owner, keys, match, block_s, now)
+        asked = self._questions.plan(keys, match.reachable, now)
+        is_open = asked.blocks > 0 and self._loads.is_answer_worthwhile(
+            owner, keys, match, asked.tier, block_s, now
+        )
+        wanted_blocks = match.reachable + asked.blocks if is_open else cut.blocks
+        is_cut = wanted_blocks < match.reachable + asked.blocks
         if not match.reachable:
-            return Prefetch(0, [])
+            why = MissReason.SLOWER if is_cut else MissReason.NO_ROOM
+            return Prefetch(Coming(wanted_blocks, why), asked.transfers)
         hold = self._holds.renew(owner, now + self._options.lease_s)
         wanted: dict[BlockKey, int] = {}
-        for index, key in enumerate(keys[: match.reachable]):
+        for index, key in enumerate(keys[: cut.blocks + cut.probe]):
             slot = self._residency.arena.get(key)
             if slot is not None:
                 self._holds.pin(hold, key, slot)
@@ -126,11 +171,19 @@ class BlockManager:
                 wanted.setdefault(key, index)
         slots = self._host.take_slots(len(wanted))
         indices = list(wanted.values())
-        coming = indices[len(slots)] if len(slots) < len(indices) else match.reachable
+        room = indices[len(slots)] if len(slots) < len(indices) else len(keys)
+        coming = Coming(
+            blocks=min(room, wanted_blocks),
+            cut=MissReason.SLOWER if is_cut and cut.blocks <= room else MissReason.NO_ROOM,
+            expected_s=cut.expected_s,
+        )
         blocks = [
             (keys[index], slot, match.tiers[index]) for index, slot in zip(indices, slots, strict=False)
         ]
-        return Prefetch(coming, self._loads.start(owner, blocks))
+        awaited = bisect.bisect_left(indices, cut.blocks)
+        loads = self._loads.start(owner, blocks[:awaited], now)
+        probe = self._loads.start(None, blocks[awaited:], now)
+        return Prefetch(coming, [*loads, *probe, *asked.transfers])
 
     def lease(self, owner: str, keys: Sequence[BlockKey], now: float) -> Lease:
         """Pin the ready prefix of ``keys`` until released or ``lease_s`` has passed.
@@ -147,7 +200,10 @@ class BlockManager:
             self._counters.hits[hold.sources.get(key, HOST) if hold else HOST] += 1
         if not places:
             return Lease(0, ())
-        self._host.touch([place.key for place in places])
+        leased = [place.key for place in places]
+        self._host.touch(leased)
+        for tier in self._lower.all():
+            self._stores.used(tier, leased, now)
         lease_id = self._leases.add(owner, (place.slot for place in places), now + self._options.lease_s)
         return Lease(lease_id, tuple(places))
 
@@ -162,6 +218,10 @@ class BlockManager:
 
     # Reservations
 
+    def is_expected(self, key: BlockKey) -> bool:
+        """Tell whether a block is in the arena or on its way there, from a tier or from who reserved it."""
+        return key in self._residency.arena or key in self._loads or self._reservations.is_reserved(key)
+
     def reserve(self, owner: str, keys: Sequence[BlockKey], now: float) -> Reservation:
         """Hand out slots for the blocks that are neither in the arena nor on their way there.
 
@@ -172,11 +232,7 @@ class BlockManager:
         arena = self._residency.arena
         held = [key for key in keys if key in arena]
         self._host.touch(held)
-        wanted = [
-            key
-            for key in dict.fromkeys(keys)
-            if key not in arena and key not in self._loads and not self._reservations.is_reserved(key)
-        ]
+        wanted = [key for key in dict.fromkeys(keys) if not self.is_expected(key)]
         slots = self._host.take_slots(len(wanted), frozenset(held))
         self._residency.note_gone(wanted[len(slots) :], MissReason.NO_ROOM)
         if not slots:
@@ -205,8 +261,9 @@ class BlockManager:
         self._reservations.settle(reservation)
         for key in reservation.slots.keys() - set(keys):
             self._pool.free(reservation.slots[key])
-        admitted = self._host.admit(filled)
-        return [store for tier in self._lower.all() for store in self._plan_stores(tier, admitted)]
+        admitted = [key for key, _ in self._host.admit(filled)]
+        self._counters.saved += len(admitted)
+        return [store for tier in self._lower.all() for store in self._stores.arrived(tier, admitted)]
 
     def abort(self, reservation_id: int) -> None:
         """Give back the slots of a reservation; unknown ones are ignored."""
@@ -229,7 +286,8 @@ class BlockManager:
             now: The time.
 
         Returns:
-            Loads of failed blocks from the next tier that holds them, and deletes after a clear.
+            Loads of failed blocks from the next tier that holds them, stores of loaded blocks in the tiers
+            above, and deletes after a clear.
 
         Raises:
             UsageError: The transfer is unknown or was already reported as finished.
@@ -240,17 +298,23 @@ class BlockManager:
         if not result.is_finished:
             if is_load:
                 self._loads.late(tier, transfer, now)
+            elif transfer.direction is Direction.ASK:
+                self._questions.unanswered(tier, transfer.keys, MissReason.DEADLINE, now)
             return []
         is_stale = self._flights.finish(transfer)
         if is_load and not is_stale:
-            return self._loads.ended(tier, transfer, result, now)
+            return self._load_ended(tier, transfer, result, now)
         if is_load:
-            self._loads.discarded(transfer)
+            self._loads.discarded(tier, transfer, result, now)
+            return []
+        if transfer.direction is Direction.ASK:
+            if not is_stale:
+                self._questions.ended(tier, transfer, result, now)
             return []
         if transfer.direction is Direction.DELETE:
             self._delete_ended(tier, transfer, result, now)
             return []
-        return self._store_ended(tier, transfer, result, is_stale)
+        return self._store_ended(tier, transfer, result, is_stale, now)
 
     def on_tier_removed(self, tier: str, keys: Sequence[BlockKey]) -> None:
         """Note that a tier dropped blocks on its own.
@@ -258,8 +322,9 @@ class BlockManager:
         To be called before the results of transfers that ended after the blocks were dropped, so that
         a block that was stored again is not taken for gone.
         """
-        self._lower[tier].settle_doubts(keys)
-        self._residency.lost_below(keys, self._lower[tier].bit, MissReason.EVICTED)
+        state = self._lower[tier]
+        state.settle_doubts(keys)
+        self._residency.lost_below(keys, state.bit, MissReason.EVICTED)
 
     def on_tier_scanned(self, tier: str, keys: Sequence[BlockKey], is_complete: bool) -> list[Transfer]:
         """Take in a part of a tier's start-up index; ``is_complete`` with the last part.
@@ -298,34 +363,42 @@ class BlockManager:
         """Forget every block in every tier. A tier is not used until its deletes are through.
 
         What is being written or loaded meanwhile never becomes visible; leased slots are freed when
-        their leases end. Blocks that others put into a shared tier are not known here and stay: where
-        weights change under such a tier, the model's fingerprint has to change.
+        their leases end. Blocks stay in shared tiers, where others use them and where not all are known:
+        whoever clears must use other keys from now on.
         """
         self._holds.release_all()
         self._reservations.void_all()
         self._loads.give_up_all()
         self._host.drop(list(self._residency.arena))
         for store in self._flights.make_stale():
-            self._lower[store.tier].await_end(store.id)
+            if not self._lower[store.tier].is_shared:
+                self._lower[store.tier].await_end(store.id)
         deletes = []
         for tier in self._lower.all():
             keys = self._residency.held_by(tier.bit)
             self._residency.emit("removed", tier.name, keys)
-            deletes += self._plan_deletes(tier, keys + tier.clear())
+            doubtful = tier.clear()
+            if not tier.is_shared:
+                deletes += self._plan_deletes(tier, keys + doubtful)
         self._residency.clear()
         self._refresh_usable()
         return deletes
 
     def expire(self, now: float) -> list[Transfer]:
-        """End leases, holds and reservations whose time is over; repeat deletes that failed."""
+        """End leases, holds and reservations whose time is over; plan stores and deletes that are due."""
         self._counters.expired_leases += self._leases.expire(now)
         self._counters.expired_holds += self._holds.expire(now)
         self._counters.expired_reservations += self._reservations.expire(now)
-        return [
+        deletes = [
             delete
             for tier in self._lower.all()
             for delete in self._plan_deletes(tier, tier.take_undeleted(now))
         ]
+        return deletes + self._stores.due(self._lower.all())
+
+    def flush(self) -> list[Transfer]:
+        """Plan the deferred writes, as many as the tiers' queues have room for; none are left when empty."""
+        return self._stores.flush(self._lower.all())
 
     def take_events(self) -> list[ServiceEvent]:
         """Return and forget the events since the last call; the oldest go when nobody asks for long."""
@@ -372,39 +445,36 @@ class BlockManager:
     def _refresh_usable(self) -> None:
         self._residency.usable = self._lower.usable_mask()
 
-    def _plan_stores(self, tier: LowerTier, blocks: Sequence[tuple[BlockKey, int]]) -> list[Transfer]:
-        wanted = [(key, slot) for key, slot in blocks if not self._residency.is_held(key, tier.bit)]
-        if not tier.is_usable:
-            self._counters.skipped[tier.name] += len(wanted)
-            return []
-        taken = wanted[: tier.room_blocks]
-        self._counters.shed[tier.name] += len(wanted) - len(taken)
-        tier.storing_blocks += len(taken)
-        for _, slot in taken:
-            self._pool.pin(slot)
-        return self._flights.plan(Direction.STORE, tier.name, taken)
+    def _load_ended(
+        self, tier: LowerTier, transfer: Transfer, result: TransferResult, now: float
+    ) -> list[Transfer]:
+        end = self._loads.ended(tier, transfer, result, now)
+        for key, outcome in zip(transfer.keys, result.outcomes, strict=True):
+            if outcome is Outcome.OK:
+                tier.spill.admission.hit(key)
+        above = [other for other in self._lower.all() if other.bit < tier.bit and other.is_promoted_to]
+        return [
+            *end.retries,
+            *(store for other in above for store in self._stores.arrived(other, end.arrived)),
+        ]
 
     def _store_ended(
-        self, tier: LowerTier, transfer: Transfer, result: TransferResult, is_stale: bool
+        self, tier: LowerTier, transfer: Transfer, result: TransferResult, is_stale: bool, now: float
     ) -> list[Transfer]:
-        tier.storing_blocks -= len(transfer.keys)
-        for slot in transfer.slots:
-            self._pool.unpin(slot)
+        self._stores.settle(tier, transfer)
+        if is_stale and tier.is_shared:
+            return []
         if is_stale:
             # Whatever the outcome says, the tier may hold some of the old blocks.
             deletes = self._plan_deletes(tier, transfer.keys)
             tier.ended(transfer.id)
             return deletes
-        outcomes = list(zip(transfer.keys, result.outcomes, strict=True))
-        stored = [key for key, outcome in outcomes if outcome is Outcome.OK]
-        tier.settle_doubts(stored)
-        tier.doubt(key for key, outcome in outcomes if outcome is Outcome.FAILED)
-        self._residency.stored_below(stored, tier.bit)
+        self._stores.ended(tier, transfer, result, now)
         return []
 
     def _plan_deletes(self, tier: LowerTier, keys: Sequence[BlockKey]) -> list[Transfer]:
         """Plan deletes that must have worked before the tier is used again."""
-        deletes = self._flights.plan_deletes(tier.name, keys)
+        deletes = self._flights.plan_slotless(Direction.DELETE, tier.name, keys)
         for delete in deletes:
             tier.await_end(delete.id)
         return deletes

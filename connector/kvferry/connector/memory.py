@@ -32,11 +32,11 @@ def huge_page_bytes(proc: Path = Path("/proc")) -> int:
 def format_bytes(count: int) -> str:
     """Return a size for people: ``3.5 GiB``, ``512 B``."""
     size = float(count)
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
         size /= 1024
-    return f"{size:.4g} GiB"
+    return f"{size:.4g} PiB"
 
 
 def _meminfo(proc: Path, field: str) -> int | None:

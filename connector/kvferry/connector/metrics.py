@@ -14,14 +14,26 @@ serves its metrics.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import prometheus_client
 
-__all__ = ["METRICS", "Counts", "Delta", "Exporter", "Kind", "Metric", "build_registry", "merge", "reference"]
+from kvferry.connector.latency import BATCH_BOUNDS_S
+from kvferry.connector.metric import Kind, Metric, Scope
+
+__all__ = [
+    "METRICS",
+    "Counts",
+    "Delta",
+    "Exporter",
+    "Kind",
+    "Metric",
+    "Scope",
+    "build_registry",
+    "merge",
+    "reference",
+]
 
 Delta = dict[str, dict[str, float | list[float]]]
 """What was counted since the last delta, as plain data."""
@@ -29,34 +41,7 @@ Delta = dict[str, dict[str, float | list[float]]]
 MAX_OBSERVATIONS = 4096
 """Observations one delta keeps per metric and label; more are left out of the histogram."""
 _SEPARATOR = "|"
-_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _STEP = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2)
-
-
-class Kind(enum.Enum):
-    """How a metric behaves."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-
-
-class Metric(msgspec.Struct, frozen=True):
-    """One line of the table."""
-
-    name: str
-    help: str
-    unit: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-
-    @property
-    def kind(self) -> Kind:
-        """Counter when the name ends in ``_total``, histogram when there are buckets, else gauge."""
-        if self.name.endswith("_total"):
-            return Kind.COUNTER
-        return Kind.HISTOGRAM if self.buckets else Kind.GAUGE
-
 
 TIER = ("tier",)
 REASON = ("reason",)
@@ -66,19 +51,42 @@ REQUESTS = Metric(
     "Requests by outcome: hit, partial, miss, passed, failed.",
     "requests",
     ("outcome",),
+    scope=Scope.ENGINE,
 )
 PASSED = Metric(
-    "kvferry_passed_requests_total", "Requests that kvferry leaves alone, by reason.", "requests", REASON
+    "kvferry_passed_requests_total",
+    "Requests that kvferry leaves alone, by reason.",
+    "requests",
+    REASON,
+    scope=Scope.ENGINE,
 )
 MISSES = Metric(
-    "kvferry_misses_total", "Requests whose prefix ended at a missing block, by reason.", "requests", REASON
+    "kvferry_misses_total",
+    "Requests whose prefix ended at a missing block, by reason.",
+    "requests",
+    REASON,
+    scope=Scope.ENGINE,
 )
-LOOKUP_TOKENS = Metric("kvferry_lookup_tokens_total", "Prompt tokens that were looked up.", "tokens")
-LOOKUP_BLOCKS = Metric("kvferry_lookup_blocks_total", "Blocks that were looked up.", "blocks")
+LOOKUP_TOKENS = Metric(
+    "kvferry_lookup_tokens_total", "Prompt tokens that were looked up.", "tokens", scope=Scope.ENGINE
+)
+LOOKUP_BLOCKS = Metric(
+    "kvferry_lookup_blocks_total", "Blocks that were looked up.", "blocks", scope=Scope.ENGINE
+)
 HIT_TOKENS = Metric(
-    "kvferry_hit_tokens_total", "Prompt tokens found, by the tier they come from.", "tokens", TIER
+    "kvferry_hit_tokens_total",
+    "Prompt tokens found, by the tier they come from.",
+    "tokens",
+    TIER,
+    scope=Scope.ENGINE,
 )
-HIT_BLOCKS = Metric("kvferry_hit_blocks_total", "Blocks found, by the tier they come from.", "blocks", TIER)
+HIT_BLOCKS = Metric(
+    "kvferry_hit_blocks_total",
+    "Blocks found, by the tier they come from.",
+    "blocks",
+    TIER,
+    scope=Scope.ENGINE,
+)
 LOADED_BLOCKS = Metric(
     "kvferry_loaded_blocks_total", "Blocks brought from a tier and verified.", "blocks", TIER
 )
@@ -92,18 +100,61 @@ FAILED_STORES = Metric("kvferry_failed_stores_total", "Blocks a tier failed to t
 SHED_STORES = Metric(
     "kvferry_shed_stores_total", "Blocks not stored because the tier's queue was full.", "blocks", TIER
 )
+NO_ROOM_STORES = Metric("kvferry_no_room_stores_total", "Blocks a tier had no room for.", "blocks", TIER)
+LOST_WRITES = Metric(
+    "kvferry_lost_writes_total",
+    "Deferred writes given up because the block had to leave the arena first.",
+    "blocks",
+)
+ASKED_BLOCKS = Metric(
+    "kvferry_asked_blocks_total", "Blocks of which a shared tier said whether it holds them.", "blocks", TIER
+)
+MISSING_LOADS = Metric(
+    "kvferry_missing_loads_total",
+    "Blocks a tier was thought to hold and did not: evicted, expired or removed by others.",
+    "blocks",
+    TIER,
+)
+LATE_TRANSFERS = Metric(
+    "kvferry_late_transfers_total", "Calls of a tier that passed its deadline.", "calls", TIER
+)
 REFUSALS = Metric(
     "kvferry_refusals_total", "Blocks whose bytes were refused, by reason.", "blocks", ("tier", "reason")
 )
 EVICTIONS = Metric("kvferry_evictions_total", "Blocks evicted to make room.", "blocks", TIER)
 LOAD_SECONDS = Metric(
-    "kvferry_load_seconds", "Time of one batch of loads from a tier.", "seconds", TIER, _FAST
+    "kvferry_load_seconds", "Time of one batch of loads from a tier.", "seconds", TIER, BATCH_BOUNDS_S
 )
 STORE_SECONDS = Metric(
-    "kvferry_store_seconds", "Time of one batch of stores to a tier.", "seconds", TIER, _FAST
+    "kvferry_store_seconds", "Time of one batch of stores to a tier.", "seconds", TIER, BATCH_BOUNDS_S
 )
 WAIT_SECONDS = Metric(
-    "kvferry_request_wait_seconds", "Time a request waited for its blocks.", "seconds", (), _FAST
+    "kvferry_request_wait_seconds",
+    "Time a request waited for its blocks.",
+    "seconds",
+    (),
+    BATCH_BOUNDS_S,
+    scope=Scope.ENGINE,
+)
+REGRET_SECONDS = Metric(
+    "kvferry_regret_seconds_total",
+    "Time lost to waits that took longer than computing, by the tier waited for (`several`: not one alone).",
+    "seconds",
+    TIER,
+    scope=Scope.ENGINE,
+)
+DECLINED_BLOCKS = Metric(
+    "kvferry_declined_blocks_total",
+    "Blocks left in a tier because the engine was expected to compute them sooner.",
+    "blocks",
+    TIER,
+    scope=Scope.ENGINE,
+)
+PREFILL_RATE = Metric(
+    "kvferry_prefill_tokens_per_second",
+    "Prompt tokens the engine computes in a second, as measured; absent until known.",
+    "tokens/s",
+    scope=Scope.ENGINE,
 )
 SCHEDULER_SECONDS = Metric(
     "kvferry_scheduler_seconds",
@@ -111,12 +162,19 @@ SCHEDULER_SECONDS = Metric(
     "seconds",
     (),
     _STEP,
+    scope=Scope.ENGINE,
 )
 GATHERED_BYTES = Metric(
-    "kvferry_gathered_bytes_total", "Bytes copied from the engine's pages into the arena.", "bytes"
+    "kvferry_gathered_bytes_total",
+    "Bytes copied from the engine's pages into the arena.",
+    "bytes",
+    scope=Scope.ENGINE,
 )
 SCATTERED_BYTES = Metric(
-    "kvferry_scattered_bytes_total", "Bytes copied from the arena into the engine's pages.", "bytes"
+    "kvferry_scattered_bytes_total",
+    "Bytes copied from the arena into the engine's pages.",
+    "bytes",
+    scope=Scope.ENGINE,
 )
 TIER_BLOCKS = Metric("kvferry_tier_blocks", "Blocks a tier holds.", "blocks", TIER)
 TIER_USED_BYTES = Metric("kvferry_tier_used_bytes", "Bytes a tier holds.", "bytes", TIER)
@@ -132,7 +190,143 @@ BREAKER = Metric(
 LEASES = Metric("kvferry_leases", "Leases that are held.", "leases")
 RESERVATIONS = Metric("kvferry_reservations", "Reservations that wait for commit or abort.", "reservations")
 EXPLAIN_DROPPED = Metric(
-    "kvferry_explain_dropped_total", "Request records dropped because the writer was behind.", "records"
+    "kvferry_explain_dropped_total",
+    "Request records dropped because the writer was behind.",
+    "records",
+    scope=Scope.ENGINE,
+)
+
+SERVER_UP = Metric(
+    "kvferry_server_up",
+    "1 while the engine's cache server is connected and answers; absent without one.",
+    "state",
+    scope=Scope.ENGINE,
+)
+LATE_ANSWERS = Metric(
+    "kvferry_server_late_answers_total",
+    "Answers of the cache server that an engine step did not wait for any longer.",
+    "answers",
+    scope=Scope.ENGINE,
+)
+RECONNECTS = Metric(
+    "kvferry_server_reconnects_total",
+    "Connections to the cache server after the first.",
+    "connections",
+    scope=Scope.ENGINE,
+)
+ANSWER_SECONDS = Metric(
+    "kvferry_server_request_seconds",
+    "Time from a question to the cache server until its answer was taken in.",
+    "seconds",
+    buckets=_STEP,
+    scope=Scope.ENGINE,
+)
+
+SERVED_LOOKUP_BLOCKS = Metric(
+    "kvferry_server_lookup_blocks_total",
+    "Blocks that lookups asked for; repeated lookups count again.",
+    "blocks",
+    scope=Scope.POOL,
+)
+SERVED_FOUND_BLOCKS = Metric(
+    "kvferry_server_found_blocks_total",
+    "Of these, blocks that were found, by the tier they would come from.",
+    "blocks",
+    TIER,
+    scope=Scope.POOL,
+)
+SERVED_MISSES = Metric(
+    "kvferry_server_misses_total",
+    "Lookups that ended at a missing block, by reason; repeated lookups count again.",
+    "lookups",
+    REASON,
+    scope=Scope.POOL,
+)
+LEASED_BLOCKS = Metric(
+    "kvferry_server_leased_blocks_total",
+    "Blocks leased to engines, by the tier they came from.",
+    "blocks",
+    TIER,
+    scope=Scope.POOL,
+)
+SAVED_BLOCKS = Metric(
+    "kvferry_server_saved_blocks_total", "Blocks that engines saved.", "blocks", scope=Scope.POOL
+)
+NO_ROOM_BLOCKS = Metric(
+    "kvferry_no_room_blocks_total",
+    "Blocks that found no slot in the arena, to be saved or to be loaded.",
+    "blocks",
+    scope=Scope.POOL,
+)
+EXPIRED_LEASES = Metric(
+    "kvferry_expired_leases_total",
+    "Leases that ended because their time had passed.",
+    "leases",
+    scope=Scope.POOL,
+)
+EXPIRED_RESERVATIONS = Metric(
+    "kvferry_expired_reservations_total",
+    "Reservations that nobody settled in time.",
+    "reservations",
+    scope=Scope.POOL,
+)
+VOID_COMMITS = Metric(
+    "kvferry_void_commits_total",
+    "Commits that came after their reservation's end; nothing of them became visible.",
+    "commits",
+    scope=Scope.POOL,
+)
+POOL_CONNECTIONS = Metric(
+    "kvferry_pool_connections", "Clients that use the pool.", "connections", scope=Scope.POOL
+)
+DEAD_WRITERS = Metric(
+    "kvferry_dead_writers",
+    "Engines that are gone while one of their processes may still write; what they reserved waits for it.",
+    "engines",
+    scope=Scope.POOL,
+)
+MISSING_TIERS = Metric(
+    "kvferry_missing_tiers", "Configured tiers that the pool goes on without.", "tiers", scope=Scope.POOL
+)
+SERVER_INFO = Metric(
+    "kvferry_server_info", "Always 1; the version is a label.", "server", ("version",), scope=Scope.SERVER
+)
+SERVER_START = Metric(
+    "kvferry_server_start_time_seconds", "Unix time of the start.", "seconds", scope=Scope.SERVER
+)
+SERVER_READY = Metric(
+    "kvferry_server_ready", "1 while the server listens and does not drain.", "state", scope=Scope.SERVER
+)
+SERVER_DRAINING = Metric(
+    "kvferry_server_draining", "1 while the server finishes what is under way.", "state", scope=Scope.SERVER
+)
+SERVER_CONNECTIONS = Metric(
+    "kvferry_server_connections",
+    "Connected clients, by mode: map (on this machine) or stream.",
+    "connections",
+    ("mode",),
+    scope=Scope.SERVER,
+)
+SERVER_REQUESTS = Metric(
+    "kvferry_server_requests_total",
+    "Requests of clients, by type of message.",
+    "requests",
+    ("type",),
+    scope=Scope.SERVER,
+)
+REFUSED_CONNECTIONS = Metric(
+    "kvferry_server_refused_connections_total",
+    "Connections that were refused or cut, by reason.",
+    "connections",
+    REASON,
+    scope=Scope.SERVER,
+)
+SERVER_LOOKUP_SECONDS = Metric(
+    "kvferry_server_lookup_seconds",
+    "Time from a lookup's arrival to its answer.",
+    "seconds",
+    buckets=_STEP,
+    scope=Scope.SERVER,
 )
 
 METRICS: tuple[Metric, ...] = tuple(line for line in list(globals().values()) if isinstance(line, Metric))
@@ -193,7 +387,7 @@ def _merged(
 
 
 class Exporter:
-    """Prometheus objects for every metric of the table, fed with deltas.
+    """Prometheus objects for every metric of the table that an engine shows, fed with deltas.
 
     Args:
         classes: Which class to use for each of prometheus_client's ``Counter``, ``Gauge`` and
@@ -208,10 +402,10 @@ class Exporter:
         labels: Sequence[str] = (),
         options: Mapping[str, object] | None = None,
     ) -> None:
-        self._label_counts = {metric.name: len(metric.labels) for metric in METRICS}
+        shown = [metric for metric in METRICS if metric.scope in (Scope.ENGINE, Scope.CACHE)]
+        self._label_counts = {metric.name: len(metric.labels) for metric in shown}
         self._objects = {
-            metric.name: _make(metric, classes, [*labels, *metric.labels], options or {})
-            for metric in METRICS
+            metric.name: _make(metric, classes, [*labels, *metric.labels], options or {}) for metric in shown
         }
 
     def feed(self, delta: Delta, label_values: Sequence[object] = ()) -> None:
@@ -254,7 +448,7 @@ def _make(
 
 
 def build_registry() -> tuple[prometheus_client.CollectorRegistry, Exporter]:
-    """Return a registry of its own with every metric, and the exporter that feeds it."""
+    """Return a registry of its own with every metric that an engine shows, and the exporter that feeds it."""
     registry = prometheus_client.CollectorRegistry()
     kinds = (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
     return registry, Exporter({kind: kind for kind in kinds}, options={"registry": registry})
@@ -262,7 +456,13 @@ def build_registry() -> tuple[prometheus_client.CollectorRegistry, Exporter]:
 
 def reference() -> Iterator[str]:
     """Yield the lines of ``docs/reference/metrics.md``."""
-    yield from ("# Metrics", "", "| name | kind | labels | unit | meaning |", "|---|---|---|---|---|")
+    yield from (
+        "# Metrics",
+        "",
+        "| name | kind | labels | unit | of | meaning |",
+        "|---|---|---|---|---|---|",
+    )
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels) or "-"
-        yield f"| `{metric.name}` | {metric.kind.value} | {labels} | {metric.unit} | {metric.help} |"
+        kind, scope = metric.kind.value, metric.scope.value
+        yield f"| `{metric.name}` | {kind} | {labels} | {metric.unit} | {scope} | {metric.help} |"

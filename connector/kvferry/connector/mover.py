@@ -14,11 +14,13 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
+from kvferry.connector import latency
 from kvferry.connector.breaker import CircuitBreaker
+from kvferry.connector.coder import PLAIN, FrameCoder, TierCodecs
 from kvferry.connector.config import TierConfig
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.frame import FrameSeal
@@ -31,6 +33,8 @@ __all__ = ["Mover", "TierCounters"]
 _PAUSED = "paused after repeated failures"
 _QUEUE_FULL = "its queue is full"
 _CLOSING = "kvferry is closing"
+_AWAITED = frozenset({Direction.LOAD, Direction.ASK})
+"""What a request waits for."""
 
 
 class TierCounters(msgspec.Struct, kw_only=True):
@@ -40,6 +44,8 @@ class TierCounters(msgspec.Struct, kw_only=True):
     loaded_bytes: int = 0
     load_batches: int = 0
     load_seconds: float = 0.0
+    load_buckets: list[int] = msgspec.field(default_factory=latency.empty_buckets)
+    """Batches that a thread carried out, by time, in the buckets of ``latency``."""
     missing_loads: int = 0
     """Blocks the tier was thought to hold and did not."""
     failed_loads: int = 0
@@ -50,12 +56,15 @@ class TierCounters(msgspec.Struct, kw_only=True):
     stored_bytes: int = 0
     store_batches: int = 0
     store_seconds: float = 0.0
+    store_buckets: list[int] = msgspec.field(default_factory=latency.empty_buckets)
     no_room_stores: int = 0
     """Blocks the tier itself had no room for."""
     failed_stores: int = 0
     shed_stores: int = 0
     """Blocks not stored because too many waited already, the breaker was open or the tier was being
     cleared."""
+    asked_blocks: int = 0
+    """Blocks of which a shared tier said whether it holds them."""
     deleted_blocks: int = 0
     removed_blocks: int = 0
     """Blocks the tier dropped on its own."""
@@ -83,11 +92,12 @@ class Mover:
 
     Args:
         tiers: Open tiers and their configuration.
-        seal: Composes and verifies frames.
+        seal: Composes and verifies the headers of frames.
+        codecs: Of each tier by name; a tier that is absent stores blocks as they are.
         slot: Returns the bytes of an arena slot.
-        block_bytes: Payload of one block, for the totals.
         clock: Seconds, monotonic; the clock of every ``now``.
         logger: Where failures are reported.
+        on_report: Called, on a tier's thread, when the next ``poll`` has something to take in.
 
     Raises:
         ConfigError: A tier's threads, queue or deadline is not positive.
@@ -98,14 +108,15 @@ class Mover:
         tiers: Iterable[tuple[TierConfig, Tier]],
         *,
         seal: FrameSeal,
+        codecs: Mapping[str, TierCodecs] = {},
         slot: Callable[[int], memoryview],
-        block_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         logger: logging.Logger | None = None,
+        on_report: Callable[[], None] = lambda: None,
     ) -> None:
         self._logger = logger or logging.getLogger(__name__)
-        self._block_bytes = block_bytes
         self._clock = clock
+        self._on_report = on_report
         self._reports: queue.SimpleQueue[tuple[str, JobReport]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._ready: list[TransferResult] = []
@@ -118,9 +129,9 @@ class Mover:
                 tier,
                 threads=config.threads,
                 queue_blocks=config.queue_blocks,
-                seal=seal,
+                coder=FrameCoder(seal, codecs.get(config.name, PLAIN), self._logger),
                 slot=slot,
-                reports=self._reports,
+                report=self._report,
                 clock=clock,
                 logger=self._logger,
             )
@@ -180,6 +191,8 @@ class Mover:
             name: msgspec.structs.replace(
                 route.counters,
                 refused=dict(route.counters.refused),
+                load_buckets=list(route.counters.load_buckets),
+                store_buckets=list(route.counters.store_buckets),
                 queued_blocks=route.lane.queued_blocks,
                 breaker=route.breaker.state.value,
             )
@@ -189,12 +202,12 @@ class Mover:
     def close(self, deadline_s: float) -> list[TransferResult]:
         """Drain stores for at most ``deadline_s`` seconds, end the threads, return the last results.
 
-        Waiting loads fail at once. Threads that do not return in time are logged and left behind;
+        Waiting loads and questions fail at once. Threads that do not return in time are logged and left behind;
         the transfers they hold are never reported. Idempotent.
         """
         self._is_closing = True
         deadline = time.monotonic() + deadline_s
-        self._withdraw(lambda job: job.transfer.direction is Direction.LOAD)
+        self._withdraw(lambda job: job.transfer.direction in _AWAITED)
         while self._jobs and (left := deadline - time.monotonic()) > 0:
             if (named := self._next_report(left)) is not None:
                 self._take_in(*named, self._clock())
@@ -203,6 +216,11 @@ class Mover:
             for thread in route.lane.stop(deadline):
                 self._logger.warning("thread %s did not end within %.1f s; left behind", thread, deadline_s)
         return self.poll(self._clock())
+
+    def _report(self, tier: str, report: JobReport) -> None:
+        """Queue what a lane reports. Called on its threads."""
+        self._reports.put((tier, report))
+        self._on_report()
 
     def _next_report(self, timeout_s: float) -> tuple[str, JobReport] | None:
         try:
@@ -213,6 +231,7 @@ class Mover:
     def _take_in(self, name: str, report: JobReport, now: float) -> None:
         route = self._routes[name]
         del self._jobs[report.job.transfer.id]
+        _note_time(route.counters, report.job.transfer.direction, report.duration_s)
         self._finish(
             route,
             TransferResult(
@@ -221,7 +240,9 @@ class Mover:
                 is_finished=True,
                 refused=tuple(reason for _, reason in report.refused),
                 refused_keys=tuple(key for key, _ in report.refused),
+                moved_bytes=report.moved_bytes,
                 duration_s=report.duration_s,
+                queued_s=(report.job.started or now) - report.job.submitted,
                 error=report.error,
             ),
         )
@@ -234,10 +255,10 @@ class Mover:
             route.breaker.succeed()
 
     def _check_deadline(self, job: Job, now: float) -> None:
-        """A load's time runs from its submission, any other's from when a thread began it."""
+        """What a request waits for has its time from the submission, the rest from when a thread began it."""
         route = self._routes[job.transfer.tier]
         started = job.started
-        since = job.submitted if job.transfer.direction is Direction.LOAD else started
+        since = job.submitted if job.transfer.direction in _AWAITED else started
         if since is None or now - since <= route.deadline_s:
             return
         why = f"no answer within {route.deadline_s:g} s"
@@ -272,11 +293,15 @@ class Mover:
         if is_store:
             route.counters.shed_stores += count
             route.counters.no_room_stores -= count  # counted by ``_finish``, but not the tier's doing
-        self._finish(route, TransferResult(job.transfer, outcomes, is_finished=True, error=why))
+        queued_s = self._clock() - job.submitted
+        self._finish(
+            route,
+            TransferResult(job.transfer, outcomes, is_finished=True, queued_s=queued_s, error=why),
+        )
 
     def _finish(self, route: _Route, result: TransferResult) -> None:
         self._ready.append(result)
-        _count(route.counters, result, self._block_bytes)
+        _count(route.counters, result)
 
 
 def _check(config: TierConfig) -> None:
@@ -289,14 +314,21 @@ def _check(config: TierConfig) -> None:
             raise ConfigError(f"tiers.{config.name}.{field}", f"found {value}, expected more than 0")
 
 
-def _count(counters: TierCounters, result: TransferResult, block_bytes: int) -> None:
+def _note_time(counters: TierCounters, direction: Direction, seconds: float) -> None:
+    if direction is Direction.LOAD:
+        latency.note(counters.load_buckets, seconds)
+    elif direction is Direction.STORE:
+        latency.note(counters.store_buckets, seconds)
+
+
+def _count(counters: TierCounters, result: TransferResult) -> None:
     done, failed, missing, no_room = (
         result.outcomes.count(outcome)
         for outcome in (Outcome.OK, Outcome.FAILED, Outcome.MISSING, Outcome.NO_ROOM)
     )
     if result.transfer.direction is Direction.LOAD:
         counters.loaded_blocks += done
-        counters.loaded_bytes += done * block_bytes
+        counters.loaded_bytes += result.moved_bytes
         counters.load_batches += 1
         counters.load_seconds += result.duration_s
         counters.failed_loads += failed
@@ -305,10 +337,12 @@ def _count(counters: TierCounters, result: TransferResult, block_bytes: int) -> 
             counters.refused[reason] = counters.refused.get(reason, 0) + 1
     elif result.transfer.direction is Direction.STORE:
         counters.stored_blocks += done
-        counters.stored_bytes += done * block_bytes
+        counters.stored_bytes += result.moved_bytes
         counters.store_batches += 1
         counters.store_seconds += result.duration_s
         counters.failed_stores += failed
         counters.no_room_stores += no_room
+    elif result.transfer.direction is Direction.ASK:
+        counters.asked_blocks += done + missing
     else:
         counters.deleted_blocks += done

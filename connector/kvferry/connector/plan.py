@@ -25,6 +25,8 @@ class Direction(enum.Enum):
     """Arena to tier (spill)."""
     DELETE = "delete"
     """Forget in the tier; no slots are involved."""
+    ASK = "ask"
+    """Ask a shared tier which blocks it holds (``OK`` or ``MISSING``); no slots are involved."""
 
 
 class Transfer(msgspec.Struct, frozen=True):
@@ -35,7 +37,7 @@ class Transfer(msgspec.Struct, frozen=True):
     tier: str
     keys: tuple[BlockKey, ...]
     slots: tuple[int, ...]
-    """Arena slots, parallel to ``keys``; empty for DELETE."""
+    """Arena slots, parallel to ``keys``; empty for DELETE and ASK."""
 
 
 class TransferResult(msgspec.Struct, frozen=True):
@@ -54,6 +56,12 @@ class TransferResult(msgspec.Struct, frozen=True):
     """Reasons of blocks refused by verification, for counters."""
     refused_keys: tuple[BlockKey, ...] = ()
     """The refused blocks, parallel to ``refused``."""
+    moved_bytes: int = 0
+    """Of the bodies that were stored, or loaded and found good: less than the blocks where a codec
+    shortened them."""
     duration_s: float = 0.0
+    """Of the tier's call."""
+    queued_s: float = 0.0
+    """From its submission until a thread began it, or until it was given up."""
     error: str = ""
     """Why the tier failed as a whole, if it did."""

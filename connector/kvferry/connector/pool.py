@@ -135,6 +135,11 @@ class SlotPool:
         return self._states[slot] == _COMMITTED and not self._pins[slot]
 
     @property
+    def num_slots(self) -> int:
+        """How many slots there are."""
+        return len(self._states)
+
+    @property
     def num_evictable(self) -> int:
         """How many slots are evictable."""
         return self._by_state[_COMMITTED] - self._pinned_committed

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
+from kvferry.connector.admission import AdmissionPolicy
+from kvferry.connector.asking import Asking
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.service import HOST, Match, MissReason, ServiceEvent
 
@@ -100,16 +102,26 @@ class Residency:
         tiers: Names of the tiers below the arena, in the order they are asked; bit i of a mask
             stands for tier i.
         remembered_blocks: See :class:`Losses`.
+        asking: What is known of shared tiers.
+        admissions: Each tier's admission policy, which is told what the tier is counted to hold.
     """
 
-    def __init__(self, tiers: Sequence[str], remembered_blocks: int) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[str],
+        remembered_blocks: int,
+        asking: Asking,
+        admissions: Sequence[AdmissionPolicy],
+    ) -> None:
         self.arena: dict[BlockKey, int] = {}
         """Slot of every block that is visible in the arena."""
         self.usable = (1 << len(tiers)) - 1
         """Mask of the tiers that may be asked now."""
         self.losses = Losses(remembered_blocks)
+        self.asking = asking
         self._holders: dict[BlockKey, int] = {}
         self._names = {1 << index: name for index, name in enumerate(tiers)}
+        self._admissions = {1 << index: policy for index, policy in enumerate(admissions)}
         self._events: deque[ServiceEvent] = deque(maxlen=_MAX_EVENTS)
 
     def match(self, keys: Sequence[BlockKey], now: float) -> Match:
@@ -145,6 +157,15 @@ class Residency:
         mask = self._holders.get(key, 0) & self.usable & ~self.losses.barred(key, now)
         return self._names[mask & -mask] if mask else None
 
+    def is_reachable(self, key: BlockKey, now: float) -> bool:
+        """Tell whether a block is in the arena or in a tier that can be asked for it."""
+        return key in self.arena or self.next_holder(key, now) is not None
+
+    def tier_to_ask(self, key: BlockKey, now: float) -> int:
+        """Return the bit of the first usable shared tier that has yet to say whether it holds a block."""
+        mask = self._open(key, now) & self.usable
+        return mask & -mask
+
     def is_held(self, key: BlockKey, tier: int) -> bool:
         """Tell whether the tier with bit ``tier`` holds a block."""
         return bool(self._holders.get(key, 0) & tier)
@@ -157,21 +178,15 @@ class Residency:
             if not mask & tier:
                 self._holders[key] = mask | tier
                 new.append(key)
+                self._admissions[tier].stored(key)
         self.emit("stored", self._names[tier], new)
+        forgotten = self.asking.held(new, tier)
+        if forgotten:
+            self._remove_holder(forgotten, tier)
 
     def lost_below(self, keys: Iterable[BlockKey], tier: int, reason: MissReason) -> None:
         """Note that the tier with bit ``tier`` no longer holds blocks, and why."""
-        lost = []
-        for key in keys:
-            mask = self._holders.get(key, 0)
-            if mask & tier:
-                lost.append(key)
-                if mask == tier:
-                    del self._holders[key]
-                else:
-                    self._holders[key] = mask & ~tier
-        self.note_gone(lost, reason)
-        self.emit("removed", self._names[tier], lost)
+        self.note_gone(self._remove_holder(keys, tier), reason)
 
     def note_gone(self, keys: Iterable[BlockKey], reason: MissReason) -> None:
         """Remember why blocks are missing, those that are not held anywhere."""
@@ -179,7 +194,7 @@ class Residency:
             if key not in self._holders and key not in self.arena:
                 self.losses.gone(key, reason)
 
-    def emit(self, kind: str, tier: str, keys: Sequence[BlockKey]) -> None:
+    def emit(self, kind: Literal["stored", "removed"], tier: str, keys: Sequence[BlockKey]) -> None:
         """Add an event, unless it is about nothing."""
         if keys:
             self._events.append(ServiceEvent(kind, tier, tuple(keys)))
@@ -200,15 +215,43 @@ class Residency:
         return len(self._holders)
 
     def clear(self) -> None:
-        """Forget every block below and every loss."""
+        """Forget every block below, every loss and every answer."""
+        for tier, admission in self._admissions.items():
+            for key in self.held_by(tier):
+                admission.removed(key)
         self._holders.clear()
+        self.asking.clear()
         self.losses.clear()
 
     def _why_missing(self, key: BlockKey, now: float) -> MissReason:
+        unheard = self._open(key, now)
+        if unheard & self.usable:
+            return MissReason.NOT_ASKED
         held = self._holders.get(key, 0)
-        if held & ~self.losses.barred(key, now):
+        if unheard or held & ~self.losses.barred(key, now):
             return MissReason.TIER_DOWN
         return self.losses.reason(key, now)
+
+    def _open(self, key: BlockKey, now: float) -> int:
+        """Return the shared tiers, usable or not, of which it is not known whether they hold a block."""
+        if not self.asking.is_needed:
+            return 0
+        return self.asking.open(key, now) & ~self._holders.get(key, 0) & ~self.losses.barred(key, now)
+
+    def _remove_holder(self, keys: Iterable[BlockKey], tier: int) -> list[BlockKey]:
+        """Take a tier from the holders of blocks; return those that it was counted to hold."""
+        lost = []
+        for key in keys:
+            mask = self._holders.get(key, 0)
+            if mask & tier:
+                lost.append(key)
+                self._admissions[tier].removed(key)
+                if mask == tier:
+                    del self._holders[key]
+                else:
+                    self._holders[key] = mask & ~tier
+        self.emit("removed", self._names[tier], lost)
+        return lost
 
 
 def _put(notes: OrderedDict[BlockKey, _Note], key: BlockKey, value: _Note, limit: int) -> None:

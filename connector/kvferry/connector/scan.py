@@ -67,7 +67,7 @@ class Scan:
         try:
             for batch in _batched(self._tier.scan()):
                 self._hand_over(ScanBatch(batch, is_last=False))
-        except Exception as error:  # noqa: BLE001  # boundary: a plugin's generator
+        except BaseException as error:  # noqa: BLE001  # boundary: a plugin's generator
             self._logger.warning("tier %r: the scan broke off: %s", self.name, error)
         self._hand_over(ScanBatch([], is_last=True))
 

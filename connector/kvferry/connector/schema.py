@@ -13,17 +13,32 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import types
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from kvferry.connector.errors import ConfigError
 
-__all__ = ["decode", "is_secret", "is_size", "nearest", "parse_size", "struct_of", "unknown_key"]
+__all__ = [
+    "MASK",
+    "decode",
+    "is_name",
+    "is_secret",
+    "is_size",
+    "masked",
+    "nearest",
+    "parse_size",
+    "struct_of",
+    "unknown_key",
+]
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+MASK = "********"
+"""In place of a secret."""
+_URL_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
 _UNITS = {"": 1, "b": 1} | {
     name: base**power
     for power, letter in enumerate("kmgtp", start=1)
@@ -31,6 +46,7 @@ _UNITS = {"": 1, "b": 1} | {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _MAX_SIZE = 1 << 60
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _SIZE_HINT = 'write a number of bytes or a size such as "64GiB" or "512 MiB"'
 _SECRET_WORDS = frozenset({"secret", "password", "passwd", "token", "credential", "credentials", "apikey"})
 
@@ -43,6 +59,11 @@ _WORDS = {
     "object": "a table",
 }
 """What msgspec's names for types are called in front of an operator."""
+
+
+def is_name(name: object) -> bool:
+    """Tell whether a tier, or what a plugin offers, may be called ``name``."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def is_size(name: str) -> bool:
@@ -101,8 +122,23 @@ def unknown_key(path: str, name: str, known: Iterable[str]) -> ConfigError:
 
 
 def struct_of(type_: object) -> type[msgspec.Struct] | None:
-    """Return the struct class that a field's type is, or None."""
-    return type_ if isinstance(type_, type) and issubclass(type_, msgspec.Struct) else None
+    """Return the struct class that a field's type is, or may be beside None; else None."""
+    is_union = get_origin(type_) in (Union, types.UnionType)
+    for alternative in get_args(type_) if is_union else (type_,):
+        if isinstance(alternative, type) and issubclass(alternative, msgspec.Struct):
+            return alternative
+    return None
+
+
+def masked(value: object) -> object:
+    """Return plain data with every secret in it replaced."""
+    if isinstance(value, Mapping):
+        return {
+            name: MASK if is_secret(str(name)) and inner else masked(inner) for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [masked(inner) for inner in value]
+    return _URL_PASSWORD.sub(rf"\1{MASK}@", value) if isinstance(value, str) else value
 
 
 def decode(struct_type: type[S], raw: object, path: str = "", others: Iterable[str] = ()) -> S:
@@ -136,7 +172,7 @@ def decode(struct_type: type[S], raw: object, path: str = "", others: Iterable[s
 
 def _value(name: str, type_: Any, raw: object, path: str) -> object:
     nested = struct_of(type_)
-    if nested is not None:
+    if nested is not None and not (raw is None and type(None) in get_args(type_)):
         return decode(nested, raw, path)
     if is_size(name) and raw is not None:
         raw = parse_size(raw, path)
@@ -158,7 +194,7 @@ def _expected(type_: Any, error: msgspec.ValidationError) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = repr(masked(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,17 +1,18 @@
 """CacheService: the one interface through which engines use kvferry.
 
-``embedded.EmbeddedService`` implements it inside the engine's scheduler process; a client of the
-cache server will implement it too. The engine side (``kvferry.engines.session``) sees nothing else.
+``embedded.EmbeddedService`` implements it inside the engine's scheduler process, ``client.ClientService`` on top
+of a cache server. The engine side (``kvferry.engines.session``) sees nothing else.
 
-Threading: one thread, the engine's scheduler, calls every method. None of them blocks on I/O; what
-tiers do meanwhile becomes visible at the next ``poll``.
+Threading: one thread, the engine's scheduler, calls every method. None of them waits for a tier; a client waits
+for its server at most ``answer_budget_s`` between two calls of ``poll``. What happens meanwhile becomes visible at
+the next ``poll``.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -19,7 +20,20 @@ from kvferry.connector.arena import ArenaHandle
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 
-__all__ = ["HOST", "CacheService", "Lease", "Match", "MissReason", "Place", "Reservation", "ServiceEvent"]
+if TYPE_CHECKING:
+    from kvferry.connector.metrics import Counts
+
+__all__ = [
+    "HOST",
+    "CacheService",
+    "Coming",
+    "Lease",
+    "Match",
+    "MissReason",
+    "Place",
+    "Reservation",
+    "ServiceEvent",
+]
 
 HOST = "host"
 """Name of the host tier, the arena, in every report."""
@@ -38,6 +52,10 @@ class MissReason(enum.Enum):
     TIER_DOWN = "tier_down"
     NO_ROOM = "no_room"
     DISABLED = "disabled"
+    NOT_ASKED = "not_asked"
+    """A shared tier has yet to say whether it holds the block; ``prefetch`` asks it."""
+    SLOWER = "slower_than_recompute"
+    """A tier holds it, but the engine is expected to have computed it sooner."""
 
 
 class Match(NamedTuple):
@@ -51,6 +69,17 @@ class Match(NamedTuple):
     """For each reachable block the tier it would come from (``host`` when ready)."""
     missing: MissReason
     """Why block ``reachable`` is not there."""
+
+
+class Coming(NamedTuple):
+    """What a prefetch set going."""
+
+    blocks: int
+    """Leading blocks that are ready, on their way or asked for now. Waiting for more is in vain."""
+    cut: MissReason = MissReason.NO_ROOM
+    """Why no further reachable block is: ``NO_ROOM``, ``SLOWER`` or ``TIER_DOWN``. Without meaning when all are."""
+    expected_s: float | None = None
+    """Seconds until the whole reachable prefix would have arrived, asked for or not; None when unknown."""
 
 
 class Place(NamedTuple):
@@ -83,8 +112,7 @@ class Reservation(msgspec.Struct, frozen=True):
 class ServiceEvent(NamedTuple):
     """A block became loadable from a tier, or stopped being so."""
 
-    kind: str
-    """``stored`` or ``removed``."""
+    kind: Literal["stored", "removed"]
     tier: str
     keys: tuple[BlockKey, ...]
 
@@ -97,21 +125,31 @@ class CacheService(Protocol):
         """Geometry of the blocks."""
 
     @property
-    def arena(self) -> ArenaHandle:
-        """How worker processes map the arena."""
+    def arena(self) -> ArenaHandle | None:
+        """How worker processes map the arena; None while there is none to map."""
+
+    @property
+    def description(self) -> str:
+        """Where blocks are kept, in a few words for a log."""
 
     def lookup(self, keys: Sequence[BlockKey]) -> Match:
         """Tell how much of a prefix is there. No side effect."""
 
-    def prefetch(self, owner: str, keys: Sequence[BlockKey]) -> int:
+    def prefetch(self, owner: str, keys: Sequence[BlockKey], block_s: float | None = None) -> Coming:
         """Start bringing the reachable prefix of ``keys`` into the arena and keep it there for ``owner``.
 
         Idempotent; concurrent prefetches of one block are one load. The blocks are pinned until
         ``release_owner`` or until the lease time has passed.
 
+        Args:
+            owner: Who wants the blocks.
+            keys: The prefix.
+            block_s: Seconds in which the engine computes a block. Blocks that are expected to take
+                longer to arrive are not asked for. None when not known: everything is asked for.
+
         Returns:
-            How many leading blocks are ready or on their way now; fewer than reachable when the
-            arena has no room for all. Waiting for more than these is in vain.
+            What is ready or on its way now; less than reachable where the arena has no room for all or
+            computing is faster.
         """
 
     def lease(self, owner: str, keys: Sequence[BlockKey]) -> Lease:
@@ -120,8 +158,12 @@ class CacheService(Protocol):
     def release(self, lease: Lease) -> None:
         """End a lease. Unknown or expired ones are ignored."""
 
-    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation:
-        """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed."""
+    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation | None:
+        """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed.
+
+        Returns:
+            None when it is not known yet: ask again, for the same keys, after the next ``poll``.
+        """
 
     def commit(self, reservation: Reservation, keys: Sequence[BlockKey]) -> None:
         """Make filled blocks visible and start spilling them; the reservation's others are aborted.
@@ -140,7 +182,8 @@ class CacheService(Protocol):
         """Drop everything prefetched and leased for ``owner``; reservations stay until settled."""
 
     def poll(self) -> None:
-        """Take in what the tiers finished, expire leases, start waiting transfers. Call every step."""
+        """Take in what happened meanwhile, expire leases, start waiting transfers. Begins an engine step: call
+        it once in each, first."""
 
     def has_pending(self) -> bool:
         """Tell whether transfers are under way that a later ``poll`` will report."""
@@ -148,8 +191,14 @@ class CacheService(Protocol):
     def take_events(self) -> Sequence[ServiceEvent]:
         """Return and forget the events since the last call."""
 
+    def report(self, counts: Counts) -> None:
+        """Count what happened since the last call."""
+
     def clear(self) -> None:
-        """Forget every block in every tier (weights changed). Leased blocks go when released."""
+        """Forget every block in every tier (weights changed). Leased blocks go when released.
+
+        Blocks that others share stay, so use keys of a new epoch from now on.
+        """
 
     def close(self, deadline_s: float) -> None:
         """Finish transfers under way for at most ``deadline_s`` seconds and release everything."""

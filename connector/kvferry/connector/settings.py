@@ -3,7 +3,9 @@
 Sources, the first that names a value wins: the engine's extra config, a TOML file, ``KVFERRY_*``
 variables, the defaults. Every source is checked in full, also where another one overrides it.
 
-Pure functions; only ``load_settings`` reads a file.
+The sources and how they are merged serve any schema; ``server.settings`` reads a server's with them.
+
+Pure functions; only ``toml_source`` reads a file.
 """
 
 from __future__ import annotations
@@ -11,32 +13,50 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from kvferry.connector.address import parse_address
 from kvferry.connector.config import Config, TierConfig
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.memory import format_bytes
-from kvferry.connector.schema import decode, is_secret, is_size, struct_of, unknown_key
+from kvferry.connector.schema import MASK, decode, is_name, is_secret, is_size, masked, struct_of, unknown_key
 from kvferry.connector.service import HOST
 from kvferry.connector.tier import TierType
 
-__all__ = ["Setting", "Settings", "effective", "load_settings", "split_tier", "typed_options"]
+__all__ = [
+    "CONFIG_FILE_VARIABLE",
+    "Setting",
+    "Settings",
+    "Source",
+    "check_names",
+    "check_tiers",
+    "effective",
+    "environ_source",
+    "field_paths",
+    "load_settings",
+    "merged",
+    "split_tier",
+    "toml_source",
+    "typed_options",
+]
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 CONFIG_FILE_KEY = "config_file"
 """Key of the extra config that names the TOML file."""
 CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG"
 PREFIX = "KVFERRY_"
 DEFAULT = "default"
-MASK = "********"
+SERVER_PREFIX = "KVFERRY_SERVER__"
+"""Variables of a cache server, which engines leave alone."""
 _ABSENT = object()
-_URL_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")
 
-_TIER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-_KUBERNETES = re.compile(r"KVFERRY_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?)", re.ASCII)
-"""Variables Kubernetes sets by itself beside a service called ``kvferry``; none of our business."""
+_KUBERNETES = re.compile(r"KVFERRY_([A-Z0-9]+_)*(SERVICE_(HOST|PORT\w*)|PORT(_\d+_\w+)?)", re.ASCII)
+"""Variables Kubernetes sets by itself beside services called ``kvferry`` or ``kvferry-...``; none of our
+business."""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -57,7 +77,7 @@ class Setting(NamedTuple):
     origin: str
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """One place values come from: nested plain data, and what to call the source of a path."""
 
     values: Mapping[str, object]
@@ -66,6 +86,7 @@ class _Source(NamedTuple):
     """For environment variables, the variable of each path."""
 
     def origin(self, path: str) -> str:
+        """Return what to call the source of the value at ``path``."""
         return self.variables.get(path, self.name)
 
 
@@ -96,18 +117,14 @@ def load_settings(
     if named is not None and not isinstance(named, str):
         raise ConfigError(CONFIG_FILE_KEY, f"found {named!r}, expected the path of a TOML file")
     path = toml_path or named or variables.get(CONFIG_FILE_VARIABLE)
-    sources = [_Source(given, "kv_connector_extra_config")]
+    sources = [Source(given, "kv_connector_extra_config")]
     if path:
-        sources.append(_Source(_read_toml(path), path))
-    sources.append(_from_environ(variables))
-    for source in sources:
-        _check(source)
-    values: dict[str, object] = {}
-    origins: dict[str, str] = {}
-    for field_path in _field_paths(Config):
-        origins[field_path] = _take(field_path, sources, values)
-    config = decode(Config, values)
-    _check_names(config)
+        sources.append(toml_source(path))
+    ours = {name: text for name, text in variables.items() if not name.startswith(SERVER_PREFIX)}
+    sources.append(environ_source(Config, ours))
+    config, origins = merged(Config, sources, lambda config: check_tiers(config.tiers))
+    check_names(config.tiers)
+    _check_service(config)
     return Settings(config, origins)
 
 
@@ -153,34 +170,122 @@ def typed_options(tier_type: TierType, options: Mapping[str, object], path: str)
     return decode(tier_type.options, options, path, others=own)
 
 
-def _read_toml(path: str) -> dict[str, object]:
+def merged(
+    schema: type[S], sources: Sequence[Source], check: Callable[[S], None]
+) -> tuple[S, dict[str, str]]:
+    """Return the values of the first source that has them, and which that was for each.
+
+    Args:
+        schema: What may be configured.
+        sources: The first wins.
+        check: Checks further what one source alone says.
+
+    Raises:
+        ConfigError: Something in a source is wrong, also where another one overrides it.
+    """
+    for source in sources:
+        try:
+            check(decode(schema, source.values))
+        except ConfigError as error:
+            origin = source.origin(error.path.partition("[")[0])
+            raise ConfigError(error.path, f"{error.why} [from {origin}]", error.hint) from None
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for field_path in field_paths(schema):
+        origins[field_path] = _take(field_path, sources, values)
+    return decode(schema, values), origins
+
+
+def toml_source(path: str) -> Source:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return Source(tomllib.load(file), path)
     except OSError as error:
         raise ConfigError(CONFIG_FILE_KEY, f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(CONFIG_FILE_KEY, f"{path} is not valid TOML: {error}") from error
 
 
-def _from_environ(environ: Mapping[str, str]) -> _Source:
-    """Nest ``KVFERRY_HOST__CAPACITY`` below ``host``, reading each text as its field's type wants it."""
-    known = {PREFIX + path.upper().replace(".", "__"): path for path in _field_paths(Config)}
+def environ_source(
+    schema: type[msgspec.Struct],
+    environ: Mapping[str, str],
+    aliases: Mapping[str, str] = {},
+    ignored: Iterable[str] = (),
+) -> Source:
+    """Nest ``KVFERRY_HOST__CAPACITY`` below ``host``, reading each text as its field's type wants it.
+
+    Args:
+        schema: What may be configured; every field of it needs a default.
+        environ: Variables; those that do not begin with ``KVFERRY_`` are nobody's business.
+        aliases: Further variables and the paths that they are short for.
+        ignored: Variables that are somebody else's.
+
+    Raises:
+        ConfigError: There is no such variable; the nearest one is named.
+    """
+    known = {PREFIX + path.upper().replace(".", "__"): path for path in field_paths(schema)}
+    defaults = msgspec.to_builtins(schema())
+    passed_over = {CONFIG_FILE_VARIABLE, *ignored} - set(aliases)
     values: dict[str, object] = {}
     variables: dict[str, str] = {}
-    for name in sorted(environ):
-        if not name.startswith(PREFIX) or name == CONFIG_FILE_VARIABLE or _KUBERNETES.fullmatch(name):
+    for name in sorted(environ, key=lambda name: (name in aliases, name)):
+        if not name.startswith(PREFIX) or name in passed_over or _KUBERNETES.fullmatch(name):
             continue
-        if name not in known:
-            raise unknown_key("", name, [*known, CONFIG_FILE_VARIABLE])
-        _put(values, known[name], _from_text(environ[name], known[name]))
-        variables[known[name]] = name
-    return _Source(values, "environment", variables)
+        path = aliases.get(name) or known.get(name)
+        if path is None:
+            raise unknown_key("", name, [*known, *aliases, CONFIG_FILE_VARIABLE])
+        if path not in variables:
+            _put(values, path, _from_text(environ[name], _lookup(defaults, path)))
+            variables[path] = name
+    return Source(values, "environment", variables)
 
 
-def _from_text(text: str, path: str) -> object:
+def check_tiers(tiers: Sequence[Mapping[str, object]], path: str = "tiers") -> None:
+    """Check kvferry's own fields of tiers.
+
+    Raises:
+        ConfigError: One is missing or wrong. The options of the tiers are not checked.
+    """
+    for index, tier in enumerate(tiers):
+        split_tier(tier, f"{path}[{index}]")
+
+
+def check_names(tiers: Sequence[Mapping[str, object]], path: str = "tiers") -> None:
+    """Check that each tier of a list has a name of its own.
+
+    Raises:
+        ConfigError: One is taken, or is none.
+    """
+    seen: set[str] = set()
+    for index, tier in enumerate(tiers):
+        name = split_tier(tier, f"{path}[{index}]")[0].name
+        name_path = f"{path}[{index}].name"
+        if not is_name(name):
+            raise ConfigError(
+                name_path, f"found {name!r}", "use letters, digits, '_', '-' and '.', at most 64"
+            )
+        if name == HOST or name in seen:
+            raise ConfigError(name_path, f"{name!r} is taken", "give each tier a name of its own")
+        seen.add(name)
+
+
+def _check_service(config: Config) -> None:
+    if not config.service:
+        return
+    parse_address(config.service, "service")
+    if config.tiers:
+        raise ConfigError(
+            "tiers", "the tiers belong to the cache server that service names", "configure them there"
+        )
+
+
+def _from_text(text: str, default: object) -> object:
     """Read a variable: text stays text, everything else is JSON; lists of names may use commas."""
-    default = _lookup(msgspec.to_builtins(Config()), path)
     if isinstance(default, str):
         return text
     try:
@@ -190,30 +295,7 @@ def _from_text(text: str, path: str) -> object:
         return [part.strip() for part in text.split(",") if part.strip()] if is_list else text
 
 
-def _check(source: _Source) -> None:
-    """Decode one source alone, so that a mistake is reported even where another source overrides it."""
-    try:
-        config = decode(Config, source.values)
-        for index, tier in enumerate(config.tiers):
-            split_tier(tier, f"tiers[{index}]")
-    except ConfigError as error:
-        origin = source.origin(error.path.partition("[")[0])
-        raise ConfigError(error.path, f"{error.why} [from {origin}]", error.hint) from None
-
-
-def _check_names(config: Config) -> None:
-    seen: set[str] = set()
-    for index, tier in enumerate(config.tiers):
-        name = split_tier(tier, f"tiers[{index}]")[0].name
-        path = f"tiers[{index}].name"
-        if not _TIER_NAME.fullmatch(name):
-            raise ConfigError(path, f"found {name!r}", "use letters, digits, '_', '-' and '.', at most 64")
-        if name == HOST or name in seen:
-            raise ConfigError(path, f"{name!r} is taken", "give each tier a name of its own")
-        seen.add(name)
-
-
-def _take(path: str, sources: list[_Source], values: dict[str, object]) -> str:
+def _take(path: str, sources: Sequence[Source], values: dict[str, object]) -> str:
     """Copy the value of ``path`` from the first source that has it; return that source's name."""
     for source in sources:
         value = _lookup(source.values, path, _ABSENT)
@@ -223,11 +305,12 @@ def _take(path: str, sources: list[_Source], values: dict[str, object]) -> str:
     return DEFAULT
 
 
-def _field_paths(struct_type: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+def field_paths(struct_type: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every value in a schema."""
     for field in msgspec.structs.fields(struct_type):
         nested = struct_of(field.type)
         if nested is not None:
-            yield from _field_paths(nested, f"{prefix}{field.name}.")
+            yield from field_paths(nested, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
 
@@ -255,14 +338,4 @@ def _shown(path: str, value: object) -> str:
         return MASK if value else '""'
     if is_size(name) and isinstance(value, int):
         return f"{value} ({format_bytes(value)})"
-    return json.dumps(_masked(value))
-
-
-def _masked(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {
-            name: MASK if is_secret(str(name)) and inner else _masked(inner) for name, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_masked(inner) for inner in value]
-    return _URL_PASSWORD.sub(rf"\1{MASK}@", value) if isinstance(value, str) else value
+    return json.dumps(masked(value))

@@ -17,6 +17,10 @@ class Counters(msgspec.Struct, kw_only=True):
     The manager's thread counts in one of these and hands out copies.
     """
 
+    lookup_blocks: int = 0
+    """Blocks that lookups asked for; repeated lookups count again."""
+    found: Counter[str] = msgspec.field(default_factory=Counter)
+    """Of these, blocks that could be delivered, by the tier they would come from."""
     hits: Counter[str] = msgspec.field(default_factory=Counter)
     """Blocks leased, by the tier they came from for this owner; ``host`` when they were there."""
     misses: Counter[str] = msgspec.field(default_factory=Counter)
@@ -25,6 +29,8 @@ class Counters(msgspec.Struct, kw_only=True):
     """By tier: blocks not stored because too many were on their way to it."""
     skipped: Counter[str] = msgspec.field(default_factory=Counter)
     """By tier: blocks not stored because it was switched off or being cleared."""
+    saved: int = 0
+    """Blocks that became visible by a commit."""
     evictions: int = 0
     no_room: int = 0
     """Blocks that found no slot, to be saved or to be loaded."""
@@ -32,6 +38,8 @@ class Counters(msgspec.Struct, kw_only=True):
     """Blocks that arrived when they were there already."""
     bad_victims: int = 0
     """Keys that the eviction policy proposed although they can't be evicted."""
+    lost_writes: int = 0
+    """Deferred writes that never happened because the block had to leave the arena first."""
     expired_leases: int = 0
     expired_holds: int = 0
     expired_reservations: int = 0
@@ -42,6 +50,7 @@ class Counters(msgspec.Struct, kw_only=True):
         """Return a copy that no longer changes."""
         return msgspec.structs.replace(
             self,
+            found=Counter(self.found),
             hits=Counter(self.hits),
             misses=Counter(self.misses),
             shed=Counter(self.shed),

@@ -7,8 +7,8 @@ turns every failure into a miss. A tier only moves frames.
 Contract for implementers
   * Every method may be called from several threads at once.
   * ``store`` is atomic per block: after a crash at any instant the block is whole or absent.
-  * ``load`` fills ``into[i].header`` and ``into[i].payload`` completely when it reports ``OK``.
-    It need not verify them; the caller does.
+  * ``load`` fills ``into[i].header`` and as much of ``into[i].body`` as was stored when it reports
+    ``OK``. It need not verify them; the caller does. What is longer than ``body`` is not the block.
   * A block that is not there is ``MISSING``, one that found no room is ``NO_ROOM``: both are values.
     Raise ``TierError`` only when the tier as a whole cannot serve.
   * Never touch a buffer after returning.
@@ -18,15 +18,30 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import msgspec
 
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 
-__all__ = ["Capabilities", "Frame", "Outcome", "Tier", "TierContext", "TierStats", "TierType"]
+if TYPE_CHECKING:
+    from kvferry.connector.finding import Finding
+
+__all__ = [
+    "DEFAULT_THREADS",
+    "Capabilities",
+    "Frame",
+    "Outcome",
+    "Tier",
+    "TierContext",
+    "TierStats",
+    "TierType",
+]
+
+DEFAULT_THREADS = 4
+"""Threads that call a tier whose type asks for no other number."""
 
 
 class Outcome(enum.Enum):
@@ -48,9 +63,16 @@ class Frame(msgspec.Struct, frozen=True):
     header: memoryview
     """``frame.HEADER_BYTES`` bytes, writable in a load."""
     payload: memoryview
-    """The block: ``payload_bytes`` bytes padded to ``slot_bytes``, starting on a
-    ``SLOT_ALIGNMENT_BYTES`` boundary, so it can be handed to O_DIRECT as it is. Only the first
-    ``payload_bytes`` bytes carry meaning."""
+    """``slot_bytes`` bytes on a ``SLOT_ALIGNMENT_BYTES`` boundary, so it can be handed to O_DIRECT as
+    it is. Only ``body`` carries meaning."""
+    length: int
+    """Bytes of ``payload`` that carry meaning: in a store what the codec made of the block, in a load
+    the most that a block can have."""
+
+    @property
+    def body(self) -> memoryview:
+        """The part of ``payload`` that has to be kept: a tier need not store the padding."""
+        return self.payload[: self.length]
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +81,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     is_persistent: bool
     """Blocks survive a restart of this process."""
     is_shared: bool
-    """Other processes may add or remove blocks, so ``scan`` is no complete index."""
+    """Other processes may add or remove blocks, so ``scan`` is no complete index: kvferry asks
+    ``contains`` before it counts on a block, and remembers the answers for a while."""
     is_bounded: bool
     """It holds to a byte capacity and evicts by itself."""
 
@@ -84,11 +107,21 @@ class TierContext(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     """Distinguishes engines of one deployment that must not share exclusive resources (``dp1``);
     empty when there is only one."""
+    kept_instances: int = 0
+    """How many instances of one group (what comes before the last ``-``) may leave something behind; the
+    longest unused ones are to be removed. 0: all may."""
     on_removed: Callable[[Sequence[BlockKey]], None]
     """Call when the tier drops blocks on its own (eviction, quarantine). Any thread, never blocks."""
     make_eviction_policy: Callable[[str], object]
     """Builds an eviction policy (``policy.EvictionPolicy``) by its registered name."""
     logger: logging.Logger
+    threads: int = DEFAULT_THREADS
+    """How many threads call the tier, so how many connections it needs."""
+    deadline_s: float = 10.0
+    """After so long a load or store counts as failed, whatever the tier still does; a good bound for
+    its own time-outs."""
+    codec: str = "none"
+    """What encodes the blocks that the tier gets; with ``none`` every frame's body is a whole payload."""
 
 
 @runtime_checkable
@@ -140,6 +173,11 @@ class TierType(msgspec.Struct, frozen=True):
     """``create(options, context) -> Tier``; may block; raises ConfigError or TierError."""
     summary: str
     """One line for ``kvferry plugins``."""
+    check: Callable[..., Iterable[Finding]] | None = None
+    """``check(options, name)``: what ``kvferry doctor`` should say about a tier of these options and
+    this name, for example whether its server answers; None for nothing. Changes nothing."""
+    threads: int = DEFAULT_THREADS
+    """Threads that call such a tier where the operator does not say."""
 
 
 def option_fields(tier_type: TierType) -> Mapping[str, object]:

@@ -35,7 +35,7 @@ class LoadJob(NamedTuple):
 
 
 class SaveJob(NamedTuple):
-    """Gather a request's filled pages into reserved slots."""
+    """Gather a request's filled pages into reserved slots. Without copies it is known to fail."""
 
     id: int
     request_id: str
@@ -47,7 +47,7 @@ class StepJobs:
     """Everything for one engine step."""
 
     arena: ArenaHandle | None = None
-    """None when there is no cache; then the rest is empty."""
+    """What the copies are planned for; None while there is none, then every load and save fails."""
     layout: BlockLayout | None = None
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
@@ -55,6 +55,11 @@ class StepJobs:
     """Saves of earlier steps whose pages this step overwrites: wait for them first."""
     releases: list[str] = field(default_factory=list)
     """Finished requests whose pages wait for their saves: report them when those are through."""
+
+    def void(self) -> None:
+        """Have every load and save fail: slot numbers mean nothing in another arena."""
+        self.loads = [LoadJob(load.request_id, ()) for load in self.loads]
+        self.saves = [SaveJob(save.id, save.request_id, ()) for save in self.saves]
 
 
 @dataclass

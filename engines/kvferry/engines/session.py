@@ -8,6 +8,7 @@ Rules that keep wrong bytes out
   * A load is planned only from leased blocks, and only the workers' report ends the lease.
   * A save is planned only for blocks whose every token is computed by the end of the step, and is
     committed only when every rank reported it and none reported a failure.
+  * Copies are planned for one arena; if the service has another one when the step is handed out, they fail.
   * Pages that are reused while a save still reads them are fenced in the same step.
 
 Threading: owned by the engine's scheduler thread; nothing here blocks.
@@ -15,6 +16,7 @@ Threading: owned by the engine's scheduler thread; nothing here blocks.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -22,11 +24,18 @@ import msgspec
 
 from kvferry.connector.config import Config
 from kvferry.connector.explain import RequestRecord
-from kvferry.connector.keys import BlockKey, Extra, KeyChain, Scope, root_key
-from kvferry.connector.service import CacheService, Lease, Match, MissReason, Reservation
+from kvferry.connector.keys import BlockKey, Extra, KeyChain, Scope, epoch_fingerprint, root_key
+from kvferry.connector.service import HOST, CacheService, Coming, Lease, Match, MissReason, Reservation
 from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
+from kvferry.engines.prefill import PrefillRate
+from kvferry.engines.saves import OpenSaves, Save
+from kvferry.engines.waiting import Waiting
 
 __all__ = ["EngineSessions", "RequestInfo"]
+
+_MOST_RESERVED = 4096
+"""Blocks that slots are asked for at once."""
+_CLEARED = "the cache was cleared while the request ran"
 
 
 class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +53,17 @@ class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
 class _Session:
     """State of one live request."""
 
-    __slots__ = ("chain", "info", "pending_saves", "record", "saved_blocks", "sources", "waiting_since")
+    __slots__ = (
+        "asked_blocks",
+        "chain",
+        "info",
+        "is_decided",
+        "pending_saves",
+        "record",
+        "saved_blocks",
+        "sources",
+        "waiting",
+    )
 
     def __init__(self, info: RequestInfo, chain: KeyChain, record: RequestRecord) -> None:
         self.info = info
@@ -52,8 +71,12 @@ class _Session:
         self.record = record
         self.sources: dict[int, str] = {}
         """Block index -> tier it was brought from for this request."""
-        self.waiting_since: float | None = None
+        self.waiting = Waiting()
+        self.is_decided = False
+        """Whether it was decided before what to load and what to compute."""
         self.saved_blocks = 0
+        self.asked_blocks = 0
+        """Up to where slots were asked for; if that is not answered yet, more than ``saved_blocks``."""
         self.pending_saves: set[int] = set()
 
     def note(self, **changes: object) -> None:
@@ -67,20 +90,6 @@ class _Load(msgspec.Struct):
     lease: Lease
     keys: tuple[BlockKey, ...]
     started: float
-
-
-class _Save(msgspec.Struct):
-    """A save that not all ranks have reported yet.
-
-    Its slots are given back only when every rank has reported, well or badly: until then some rank
-    may still be writing into them.
-    """
-
-    request_id: str
-    reservation: Reservation
-    pages: frozenset[int]
-    ranks: int = 0
-    is_good: bool = True
 
 
 class EngineSessions:
@@ -112,14 +121,14 @@ class EngineSessions:
         self._block_tokens = service.layout.block_tokens
         self._page_tokens = page_tokens
         self._pages_per_block = self._block_tokens // page_tokens
-        self._world_size = world_size
         self._on_record = on_record
         self._clock = clock
+        self.prefill = PrefillRate()
+        """How fast the engine computes; the adapter tells it each step."""
+        self._always_asked = _always_asked(config)
         self._sessions: dict[str, _Session] = {}
         self._loads: dict[str, _Load] = {}
-        self._saves: dict[int, _Save] = {}
-        self._saves_by_page: dict[int, int] = {}
-        self._next_save = 1
+        self._saves = OpenSaves(world_size)
         self._jobs = StepJobs()
         self._disabled = ""
 
@@ -160,17 +169,18 @@ class EngineSessions:
         session = self._sessions[request_id]
         if self._disabled or session.info.uncacheable or request_id in self._loads:
             return 0
-        session.saved_blocks = 0  # the pages it is given next are new ones
+        session.saved_blocks = session.asked_blocks = 0  # the pages it is given next are new ones
         first = local_tokens // self._block_tokens
         wanted = session.chain.extend(tokens, session.info.extras)[first:]
         match = self._service.lookup(wanted)
-        is_late = False
-        if match.ready < match.reachable:
+        missing = match.missing
+        if match.ready < match.reachable or match.missing is MissReason.NOT_ASKED:
             self._note_sources(session, match, first)
-            is_late = self._has_waited(session)
-            if not is_late and match.ready < self._service.prefetch(request_id, wanted):
+            why = self._await(session, match, first, wanted)
+            if why is None:
                 return None
-        self._note_match(session, match, first, local_tokens, is_late)
+            missing = why
+        self._note_match(session, match, first, local_tokens, missing)
         offered = (first + match.ready) * self._block_tokens - local_tokens
         return max(0, min(offered, len(tokens) - local_tokens))
 
@@ -186,10 +196,11 @@ class EngineSessions:
         """
         copies: tuple[BlockCopy, ...] = ()
         try:
+            self._sessions[request_id].waiting.end()
             copies = self._plan_load(request_id, pages, local_tokens, offered_tokens)
         finally:
             # The engine waits for this request's load from now on, so it is reported in any case.
-            self._jobs.loads.append(LoadJob(request_id, copies))
+            self._plan().loads.append(LoadJob(request_id, copies))
 
     def load_finished(self, request_id: str, ok: bool) -> None:
         """Every rank has reported the load of ``request_id``; unknown ids are ignored."""
@@ -208,6 +219,7 @@ class EngineSessions:
             loaded = len(load.keys) * self._service.layout.payload_bytes
             session.note(loaded_tokens=session.record.offered_tokens, bytes_loaded=loaded)
         else:
+            session.waiting.lost()
             session.note(failed=True, missing_reason=MissReason.LOAD_FAILED.value)
 
     def computed(
@@ -222,7 +234,10 @@ class EngineSessions:
             pages: Its page ids from its first token on.
         """
         session = self._sessions.get(request_id)
-        if session is None or self._disabled or session.info.uncacheable or self._config.save == "none":
+        if session is None:
+            return
+        session.waiting.end()
+        if self._disabled or session.info.uncacheable or self._config.save == "none":
             return
         last = min(num_computed, len(tokens), len(pages) * self._page_tokens)
         if self._config.save == "prompt":
@@ -230,37 +245,26 @@ class EngineSessions:
         full = last // self._block_tokens
         if full <= session.saved_blocks:
             return
-        keys = session.chain.extend(tokens, session.info.extras)
-        start, session.saved_blocks = session.saved_blocks, full
-        new = keys[start:full]
-        reservation = self._service.reserve(request_id, new)
-        if reservation.places:
-            self._plan_save(session, reservation, dict(zip(new, range(start, full), strict=True)), pages)
+        session.chain.extend(tokens, session.info.extras)
+        while session.saved_blocks < full and self._reserve(session, full, pages):
+            pass
 
     def pages_assigned(self, pages: Iterable[int]) -> None:
         """Pages were given to a request in this step: fence the saves that still read them."""
-        if self._saves_by_page:
-            fences = {self._saves_by_page[page] for page in pages if page in self._saves_by_page}
-            self._jobs.fences.extend(fences.difference(self._jobs.fences))
+        self._jobs.fences.extend(self._saves.reading(pages).difference(self._jobs.fences))
 
     def take_jobs(self) -> StepJobs:
         """Return what the workers must do in this step."""
-        jobs, self._jobs = self._jobs, StepJobs()
-        jobs.arena, jobs.layout = self._service.arena, self._service.layout
+        jobs, self._jobs = self._plan(), StepJobs()
+        jobs.layout = self._service.layout
         return jobs
 
     def report(self, report: WorkerReport) -> None:
         """Take in what the ranks finished: commit saves that all of them made, abort the failed."""
         if report.problem:
             self.disable(report.problem)
-        for job_id, ranks in report.saved.items():
-            save = self._saves.get(job_id)
-            if save is None:
-                continue
-            save.ranks += ranks
-            save.is_good = save.is_good and job_id not in report.failed_saves
-            if save.ranks >= self._world_size:
-                self._settle(job_id, save)
+        for save in self._saves.report(report):
+            self._settle(save)
 
     def finish(self, request_id: str) -> bool:
         """The request is over. Return whether its pages must be held until its saves are through.
@@ -270,6 +274,7 @@ class EngineSessions:
         session = self._sessions.pop(request_id, None)
         if session is None:
             return False
+        self._note_regret(session)
         self._on_record(session.record)
         if request_id in self._loads:
             # The engine holds the pages until the load is reported, and the workers finish the
@@ -296,26 +301,72 @@ class EngineSessions:
         return split
 
     def clear(self) -> None:
-        """Forget all blocks; saves under way are not committed."""
-        for save in self._saves.values():
-            save.is_good = False
+        """Forget all blocks, because the weights may have changed in place.
+
+        Saves under way are not committed. From now on keys belong to an epoch of this engine's own, so
+        that nothing is found that was computed with the old weights, wherever it is kept and whoever
+        keeps it. Requests that began with the old weights are no longer cached.
+        """
+        self._saves.spoil()
+        for session in self._sessions.values():
+            session.info = msgspec.structs.replace(session.info, uncacheable=_CLEARED)
+        self._fingerprint = epoch_fingerprint(self._fingerprint, secrets.token_bytes(32))
         self._service.clear()
 
-    def _has_waited(self, session: _Session) -> bool:
+    def _await(
+        self, session: _Session, match: Match, first: int, wanted: Sequence[BlockKey]
+    ) -> MissReason | None:
+        """Have the tiers bring what is worth it.
+
+        Returns:
+            None while the request is to wait, else why it goes on without block ``match.ready``.
+        """
         now = self._clock()
-        if session.waiting_since is None:
-            session.waiting_since = now
-        waited_s = now - session.waiting_since
-        session.note(wait_ms=waited_s * 1e3)
-        return waited_s >= self._config.load_deadline_s
+        block_s = self.prefill.seconds(self._block_tokens)
+        waiting = session.waiting
+        is_answer_open = match.missing is MissReason.NOT_ASKED
+        is_patient = self._always_asked if is_answer_open else waiting.tiers & self._always_asked
+        if waiting.is_over(None if is_patient else block_s, self._config.load_deadline_s, now):
+            return MissReason.DEADLINE
+        coming = self._service.prefetch(session.info.id, wanted, block_s)
+        if match.ready < match.reachable and not session.is_decided:
+            session.is_decided = True
+            if coming.expected_s is not None and block_s is not None:
+                recompute_ms = (match.reachable - match.ready) * block_s * 1e3
+                session.note(expected_ms=coming.expected_s * 1e3, recompute_ms=recompute_ms)
+        if match.ready < coming.blocks:
+            tiers = set(match.tiers[match.ready : coming.blocks]) - {HOST}
+            hoped = len(wanted) - match.ready if coming.blocks > match.reachable else 0
+            waiting.go_on(first + match.ready, first + coming.blocks, tiers, now, hoped)
+            return None
+        self._note_declined(session, match, coming)
+        is_cut = match.ready < match.reachable or coming.cut in (MissReason.SLOWER, MissReason.TIER_DOWN)
+        return coming.cut if is_cut else match.missing
+
+    def _note_declined(self, session: _Session, match: Match, coming: Coming) -> None:
+        declined: dict[str, int] = {}
+        if coming.cut is MissReason.SLOWER:
+            for tier in match.tiers[coming.blocks :]:
+                declined[tier] = declined.get(tier, 0) + 1
+        declined.pop(HOST, None)
+        session.note(declined_blocks=declined)
+
+    def _note_regret(self, session: _Session) -> None:
+        session.waiting.end()
+        block_s = self.prefill.seconds(self._block_tokens)
+        regret_s = session.waiting.regret_s(session.record.load_ms / 1e3, block_s)
+        if regret_s:
+            session.note(regret_ms=regret_s * 1e3, regret_tier=session.waiting.tier)
 
     def _note_sources(self, session: _Session, match: Match, first: int) -> None:
         for index, tier in enumerate(match.tiers, start=first):
             session.sources.setdefault(index, tier)
 
     def _note_match(
-        self, session: _Session, match: Match, first: int, local_tokens: int, is_late: bool
+        self, session: _Session, match: Match, first: int, local_tokens: int, missing: MissReason
     ) -> None:
+        now = self._clock()
+        session.waiting.offered(first + match.ready, now)
         matched: dict[str, int] = {}
         for index, tier in enumerate(match.tiers[: match.ready], start=first):
             source = session.sources.get(index, tier)
@@ -323,12 +374,12 @@ class EngineSessions:
         if matched:
             skipped = local_tokens - first * self._block_tokens
             matched[next(iter(matched))] -= skipped
-        is_whole = match.missing is MissReason.NONE and not is_late
         session.note(
+            wait_ms=session.waiting.seconds(now) * 1e3,
             local_tokens=local_tokens,
             matched_tokens=matched,
-            missing_block=None if is_whole else first + match.ready,
-            missing_reason=(MissReason.DEADLINE if is_late else match.missing).value,
+            missing_block=None if missing is MissReason.NONE else first + match.ready,
+            missing_reason=missing.value,
         )
 
     def _plan_load(
@@ -351,6 +402,24 @@ class EngineSessions:
             copies.append(BlockCopy(place.slot, place.generation, skipped, own))
         return tuple(copies)
 
+    def _reserve(self, session: _Session, full: int, pages: Sequence[int]) -> bool:
+        """Plan the save of blocks up to ``full``, or of those that were asked for before and not answered.
+
+        Returns:
+            False when there is no answer yet; the same is asked in the next step.
+        """
+        start, asked = session.saved_blocks, session.asked_blocks
+        end = asked if start < asked <= full else min(full, start + _MOST_RESERVED)
+        keys = session.chain.keys[start:end]
+        reservation = self._service.reserve(session.info.id, keys)
+        if reservation is None:
+            session.asked_blocks = end
+            return False
+        session.saved_blocks = end
+        if reservation.places:
+            self._plan_save(session, reservation, dict(zip(keys, range(start, end), strict=True)), pages)
+        return True
+
     def _plan_save(
         self,
         session: _Session,
@@ -363,22 +432,25 @@ class EngineSessions:
             start = index_of[place.key] * self._pages_per_block
             own = tuple(pages[start : start + self._pages_per_block])
             copies.append(BlockCopy(place.slot, place.generation, 0, own))
-        job = SaveJob(self._next_save, session.info.id, tuple(copies))
-        self._next_save += 1
-        touched = frozenset(page for copy in copies for page in copy.pages)
-        self._saves[job.id] = _Save(session.info.id, reservation, touched)
-        self._saves_by_page.update(dict.fromkeys(touched, job.id))
+        touched = [page for copy in copies for page in copy.pages]
+        job = SaveJob(
+            self._saves.begin(session.info.id, reservation, touched), session.info.id, tuple(copies)
+        )
         session.pending_saves.add(job.id)
-        self._jobs.saves.append(job)
+        self._plan().saves.append(job)
 
-    def _settle(self, job_id: int, save: _Save) -> None:
-        del self._saves[job_id]
-        for page in save.pages:
-            if self._saves_by_page.get(page) == job_id:
-                del self._saves_by_page[page]
+    def _plan(self) -> StepJobs:
+        """Return the step's jobs, for the arena there is now; what was planned for another will fail."""
+        arena = self._service.arena
+        if arena != self._jobs.arena:
+            self._jobs.void()
+            self._jobs.arena = arena
+        return self._jobs
+
+    def _settle(self, save: Save) -> None:
         session = self._sessions.get(save.request_id)
         if session is not None:
-            session.pending_saves.discard(job_id)
+            session.pending_saves.discard(save.id)
         if self._disabled or not save.is_good:
             self._service.abort(save.reservation)
             return
@@ -387,3 +459,9 @@ class EngineSessions:
         if session is not None:
             blocks = session.record.saved_blocks + len(keys)
             session.note(saved_blocks=blocks, bytes_saved=blocks * self._service.layout.payload_bytes)
+
+
+def _always_asked(config: Config) -> frozenset[str]:
+    """Return the names of the tiers that are asked, and waited for, whatever was measured."""
+    always = (tier for tier in config.tiers if tier.get("ask") == "always")
+    return frozenset(str(tier.get("name") or tier.get("type", "")) for tier in always)

@@ -5,6 +5,9 @@ Who owns what
   * One thread, ``kvferry-stager-<rank>``, copies, strictly in the order of submission. That order is
     relied upon: a request's release comes after its saves, a load into reused pages after the save
     that still reads them.
+  * A job belongs to the arena that it was planned for and touches no other: slot numbers mean nothing elsewhere.
+    When the scheduler names another arena, or another way to it, or none, the one before is let go behind the jobs
+    that were submitted for it.
   * A copy is good only if the slot's generation was the expected one before and after it; otherwise
     the load is reported as failed and the engine recomputes, or the save is not committed.
 """
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _FENCE_DEADLINE_S = 30.0
 _CLOSE_DEADLINE_S = 10.0
+_RETRY_S = 1.0
+"""Between two attempts to map an arena of a cache server."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -59,9 +64,10 @@ class Staging(Protocol):
 
 
 class _Submitted(NamedTuple):
-    job: LoadJob | SaveJob | str
-    """A load, a save, or the id of a request to release."""
+    job: LoadJob | SaveJob | str | None
+    """A load, a save, the id of a request to release, or None: let go of the arena."""
     mark: object
+    arena: Arena | None
 
 
 class StagerResults(NamedTuple):
@@ -89,6 +95,9 @@ class Stager:
         self._layout = layout
         self._shard = shard
         self._arena: Arena | None = None
+        """Of the jobs that are submitted now; the engine's thread's."""
+        self._handle: ArenaHandle | None = None
+        self._retry_at = 0.0
         self._problem = ""
         self._queue: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._state = threading.Condition()
@@ -114,21 +123,21 @@ class Stager:
 
     def submit_loads(self, jobs: StepJobs) -> None:
         """Queue the step's loads. Never blocks on copies."""
-        if jobs.arena is not None:
-            self._attach(jobs.arena, jobs.layout)
+        self._switch(jobs)
         mark = self._mark() if jobs.loads else None
         for load in jobs.loads:
-            self._queue.put(_Submitted(load, mark))
+            self._queue.put(_Submitted(load, mark, self._arena))
 
     def submit_saves(self, jobs: StepJobs) -> None:
         """Queue the step's saves and releases. Never blocks on copies."""
+        self._switch(jobs)
         mark = self._mark() if jobs.saves else None
         with self._state:
             self._open_saves.update(save.id for save in jobs.saves)
         for save in jobs.saves:
-            self._queue.put(_Submitted(save, mark))
+            self._queue.put(_Submitted(save, mark, self._arena))
         for request_id in jobs.releases:
-            self._queue.put(_Submitted(request_id, None))
+            self._queue.put(_Submitted(request_id, None, None))
 
     def take_results(self) -> StagerResults:
         """Return and forget what was finished since the last call."""
@@ -154,16 +163,31 @@ class Stager:
             self._arena.close()
             self._arena = None
 
-    def _attach(self, handle: ArenaHandle, layout: BlockLayout | None) -> None:
-        if self._arena is not None or self._problem:
+    def _switch(self, jobs: StepJobs) -> None:
+        """Make the arena of these jobs the present one; without one, or if it cannot be mapped, they fail."""
+        if jobs.arena != self._handle:
+            self._handle, self._retry_at = jobs.arena, 0.0
+            if self._arena is not None:
+                self._queue.put(_Submitted(None, None, self._arena))
+                self._arena = None
+        if self._handle is None or self._arena is not None or self._problem:
             return
-        if layout != self._layout:
-            self.disable(f"rank {self._shard.rank} derived {self._layout}, the scheduler {layout}")
+        if jobs.layout != self._layout:
+            self.disable(f"rank {self._shard.rank} derived {self._layout}, the scheduler {jobs.layout}")
             return
+        if time.monotonic() >= self._retry_at:
+            self._attach(self._handle)
+
+    def _attach(self, handle: ArenaHandle) -> None:
         try:
             self._arena = Arena.attach(handle)
         except KVFerryError as error:
-            self.disable(f"rank {self._shard.rank} cannot map the arena: {error}")
+            if not handle.connection:
+                self.disable(f"rank {self._shard.rank} cannot map the arena: {error}")
+                return
+            if not self._retry_at:
+                logger.warning("rank %d cannot map the cache server's arena: %s", self._shard.rank, error)
+            self._retry_at = time.monotonic() + _RETRY_S
 
     def _mark(self) -> object:
         try:
@@ -175,30 +199,33 @@ class Stager:
     def _run(self) -> None:
         while (submitted := self._queue.get()) is not None:
             job = submitted.job
+            if job is None:
+                if submitted.arena is not None:
+                    submitted.arena.close()
+                continue
             if isinstance(job, str):
                 with self._state:
                     self._results.released.add(job)
                 continue
             started = time.perf_counter()
-            is_good = self._copy(job, submitted.mark)
+            is_good = self._copy(job, submitted)
             seconds = time.perf_counter() - started
             if isinstance(job, LoadJob):
                 self._loaded(job, is_good, seconds)
             else:
                 self._saved(job, is_good, seconds)
 
-    def _copy(self, job: LoadJob | SaveJob, mark: object) -> bool:
+    def _copy(self, job: LoadJob | SaveJob, submitted: _Submitted) -> bool:
+        arena = submitted.arena
         if isinstance(job, SaveJob) and not self._shard.is_writer:
             return True
-        if self._arena is None or self._problem or not job.copies:
+        if arena is None or self._problem or not job.copies:
             return False
         try:
-            self._staging.wait(mark)
-            is_good = all(self._copy_block(self._arena, job, copy) for copy in job.copies)
+            self._staging.wait(submitted.mark)
+            is_good = all(self._copy_block(arena, job, copy) for copy in job.copies)
             self._staging.finish()
-            return is_good and all(
-                self._arena.generation(copy.slot) == copy.generation for copy in job.copies
-            )
+            return is_good and all(arena.generation(copy.slot) == copy.generation for copy in job.copies)
         except Exception as error:  # boundary: the thread must live to report the job
             logger.exception("rank %d could not copy", self._shard.rank)
             self.disable(f"rank {self._shard.rank} could not copy between pages and arena: {error!r}")

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
-from manager_world import FAULTS, KEYS, OWNERS, TIERS, TIMES_S, World, prefix, walk
+from manager_world import FAULTS, KEYS, OWNERS, SPEEDS, TIERS, TIMES_S, World, prefix, walk
 
+from kvferry.connector.asking import Asking
 from kvferry.connector.errors import KVFerryError
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.leases import OpenReservation, Reservations
@@ -48,7 +49,7 @@ class ManagerMachine(World, RuleBasedStateMachine):
     )(World.begin)
 
     lookup = rule(keys=PREFIXES)(World.lookup)
-    prefetch = rule(owner=OWNER, keys=PREFIXES)(World.prefetch)
+    prefetch = rule(owner=OWNER, keys=PREFIXES, block_s=st.sampled_from(SPEEDS))(World.prefetch)
     fetch = rule(owner=OWNER, keys=PREFIXES)(World.fetch)
     lease = rule(owner=OWNER, keys=PREFIXES)(World.lease)
     release = with_readers(rule(pick=PICK)(World.release))
@@ -69,6 +70,7 @@ class ManagerMachine(World, RuleBasedStateMachine):
     )
     transfers_end_well = with_flights(rule(picks=st.lists(PICK, max_size=6))(World.transfers_end_well))
     tier_evicts = rule(tier=TIER, pick=PICK)(World.tier_evicts)
+    others_store = rule(keys=PREFIXES)(World.others_store)
     tier_reports_eviction = rule()(World.tier_reports_eviction)
     tier_scans = with_scan(rule(count=st.integers(1, 5))(World.tier_scans))
     tier_is_switched = rule(tier=TIER, is_available=st.booleans())(World.tier_is_switched)
@@ -104,6 +106,8 @@ def test_the_manager_keeps_its_promises_on_long_walks() -> None:
         totals.update(counters.hits)
         totals.update(evictions=counters.evictions, void=counters.void_commits, clears=world.epoch)
         totals.update(duplicates=counters.duplicates, leases=counters.expired_leases)
+        totals.update(promoted=world.promoted, asked=world.found_by_asking, lost=counters.lost_writes)
+        totals.update(declined=world.declined)
         totals.update(shed=sum(counters.shed.values()), skipped=sum(counters.skipped.values()))
     rare = {name: count for name, count in totals.items() if count < 10}
     assert not rare, "these happen too seldom for the walks to prove anything about them"
@@ -142,7 +146,7 @@ def cleared_tiers_are_used_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_was_loading_survives_a_clear(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Loads, "discarded", lambda self, transfer: self._host.admit(_pairs(transfer)))
+    patch.setattr(Loads, "discarded", lambda self, tier, transfer, *rest: self._host.admit(_pairs(transfer)))
 
 
 def _pairs(transfer: Transfer) -> list[tuple[BlockKey, int]]:
@@ -181,6 +185,10 @@ def waiting_owners_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def one_block_is_loaded_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Loads, "__contains__", lambda self, key: False)
+
+
+def one_block_is_asked_for_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Asking, "is_under_way", lambda self, key, tier: False)
 
 
 def queues_have_no_bound(patch: pytest.MonkeyPatch) -> None:
@@ -224,6 +232,7 @@ def walk_often(times: int, steps: int) -> None:
         late_loads_lose_their_slots,
         aborted_slots_leak,
         one_block_is_loaded_twice,
+        one_block_is_asked_for_twice,
         queues_have_no_bound,
         generations_stand_still,
         failed_stores_are_taken_for_absent,

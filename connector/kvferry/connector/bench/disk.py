@@ -9,8 +9,6 @@ timed, so every store overwrites, as in a cache that has been in use for a while
 from __future__ import annotations
 
 import errno
-import itertools
-import logging
 import mmap
 import os
 import shutil
@@ -20,25 +18,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kvferry.connector.arena import Arena
-from kvferry.connector.bench.case import BenchCase, BenchContext, BenchSkipped, Figure, Goal
+from kvferry.connector.bench.case import BenchCase, BenchContext, BenchSkipped, Figure
 from kvferry.connector.bench.host import MIB, SHAPES, SMALL
 from kvferry.connector.bench.measure import interleaved
-from kvferry.connector.config import TierConfig
-from kvferry.connector.embedded import batch_blocks
+from kvferry.connector.bench.tier_side import Slots, TierSide, against_raw, context_of
 from kvferry.connector.errors import ConfigError
-from kvferry.connector.frame import HEADER_BYTES, FrameSeal
-from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import SLOT_ALIGNMENT_BYTES, BlockLayout
 from kvferry.connector.memory import format_bytes
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import typed_options
-from kvferry.connector.tier import Frame, Outcome, Tier, TierContext
+from kvferry.connector.tier import DEFAULT_THREADS, Tier
 
 __all__ = ["DISK"]
 
-GOAL = Goal(0.8, at_least=True)
-FINGERPRINT = bytes(32)
-THREADS = TierConfig(type="disk").threads
 FILLS = 4
 """Room of both sides, in batches."""
 
@@ -67,102 +59,22 @@ def _compare(
         stack.callback(shutil.rmtree, directory)
         arena = Arena.create(count, layout.slot_bytes)
         stack.callback(arena.close)
-        threads = stack.enter_context(ThreadPoolExecutor(THREADS, "kvferry-bench"))
-        tier = stack.enter_context(_TierSide.open(directory / "tier", layout, capacity, arena, threads))
+        threads = stack.enter_context(ThreadPoolExecutor(DEFAULT_THREADS, "kvferry-bench"))
+        opened = _open_tier(directory / "tier", layout, capacity)
+        stack.callback(opened.close)
+        tier = TierSide(opened, layout, arena, threads)
         raw = stack.enter_context(_RawSide.open(directory / "raw", layout, arena, threads))
         for fill in range(FILLS + 1):
             tier.store(fill)
             raw.store(fill)
         sides = {"store": tier.store, "raw store": raw.store, "load": tier.load, "raw load": raw.load}
         seconds = interleaved(sides, 3 if context.quick else 9, progress)
-    moved = count * layout.payload_bytes / 1e9
-    return [
-        Figure(
-            name=f"disk {verb}, {name} blocks, {THREADS} threads",
-            value=moved / seconds[verb],
-            unit="GB/s",
-            raw=moved / seconds[f"raw {verb}"],
-            raw_name=call,
-            goal=GOAL,
-        )
-        for verb, call in (("store", "O_DIRECT pwritev"), ("load", "O_DIRECT preadv"))
-    ]
+    calls = {"store": "O_DIRECT pwritev", "load": "O_DIRECT preadv"}
+    what = f"{name} blocks, {DEFAULT_THREADS} threads"
+    return against_raw("disk", what, count * layout.payload_bytes, seconds, calls)
 
 
-class _Side:
-    """What both sides share: the slots, and threads that each take a transfer's worth of them."""
-
-    def __init__(self, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor) -> None:
-        self.slots = [arena.slot(index) for index in range(arena.handle.num_slots)]
-        self._threads = threads
-        per_call = batch_blocks(layout)
-        self._calls = [
-            range(first, min(first + per_call, len(self.slots)))
-            for first in range(0, len(self.slots), per_call)
-        ]
-
-    def everywhere(self, work: Callable[[range], None]) -> None:
-        for _ in self._threads.map(work, self._calls):
-            pass
-
-
-class _TierSide(_Side):
-    """Stores and loads through the real tier, sealing and verifying every frame."""
-
-    def __init__(self, tier: Tier, layout: BlockLayout, arena: Arena, threads: ThreadPoolExecutor) -> None:
-        super().__init__(layout, arena, threads)
-        self._tier = tier
-        self._seal = FrameSeal(FINGERPRINT, layout.payload_bytes)
-        self._headers = [memoryview(bytearray(HEADER_BYTES)) for _ in self.slots]
-        self._generations = itertools.count()
-        self._stored = 0
-        for slot in self.slots:
-            slot[:] = os.urandom(SLOT_ALIGNMENT_BYTES) * (len(slot) // SLOT_ALIGNMENT_BYTES)
-
-    @classmethod
-    @contextmanager
-    def open(
-        cls, path: Path, layout: BlockLayout, capacity: int, arena: Arena, threads: ThreadPoolExecutor
-    ) -> Iterator[_TierSide]:
-        tier = _open_tier(path, layout, capacity)
-        try:
-            yield cls(tier, layout, arena, threads)
-        finally:
-            tier.close()
-
-    def store(self, _: int) -> None:
-        """Store every slot under keys never used before."""
-        self._stored = next(self._generations)
-        self.everywhere(self._store)
-
-    def load(self, _: int) -> None:
-        """Load what was stored last."""
-        self.everywhere(self._load)
-
-    def _store(self, indices: range) -> None:
-        frames = self._frames(indices)
-        for frame in frames:
-            self._seal.seal(frame.key, frame.header, frame.payload)
-        _require_ok(self._tier.store(frames))
-
-    def _load(self, indices: range) -> None:
-        frames = self._frames(indices)
-        _require_ok(self._tier.load(frames))
-        for frame in frames:
-            self._seal.verify(frame.key, frame.header, frame.payload)
-
-    def _frames(self, indices: range) -> list[Frame]:
-        return [
-            Frame(
-                BlockKey(self._stored.to_bytes(16, "little") + index.to_bytes(16, "little")),
-                self._headers[index],
-                self.slots[index],
-            )
-            for index in indices
-        ]
-
-
-class _RawSide(_Side):
+class _RawSide(Slots):
     """Writes and reads records of the same size in a preallocated file, past the page cache."""
 
     def __init__(
@@ -228,16 +140,8 @@ def _open_tier(path: Path, layout: BlockLayout, capacity: int) -> Tier:
     except ConfigError as error:
         raise BenchSkipped(f"no disk tier: {error}") from error
     raw_options = {"path": str(path), "capacity": capacity, "eviction": "lru"}
-    context = TierContext(
-        name="disk",
-        layout=layout,
-        fingerprint=FINGERPRINT,
-        instance="",
-        on_removed=lambda keys: None,
-        make_eviction_policy=registry.eviction_policy,
-        logger=logging.getLogger(__name__),
-    )
-    return tier_type.create(typed_options(tier_type, raw_options, "tiers[0]"), context)
+    options = typed_options(tier_type, raw_options, "tiers[0]")
+    return tier_type.create(options, context_of("disk", layout, DEFAULT_THREADS))
 
 
 def _require_room(directory: Path, needed: int) -> None:
@@ -247,11 +151,6 @@ def _require_room(directory: Path, needed: int) -> None:
             f"{directory} has {format_bytes(free)} free, the measurement needs {format_bytes(needed)}; "
             "give --path on a larger disk"
         )
-
-
-def _require_ok(outcomes: Sequence[Outcome]) -> None:
-    if any(outcome is not Outcome.OK for outcome in outcomes):
-        raise BenchSkipped(f"the disk tier answered {[outcome.value for outcome in outcomes]}")
 
 
 DISK = BenchCase("disk", "the disk tier, checksums included, against raw O_DIRECT", _measure)

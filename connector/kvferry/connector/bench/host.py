@@ -19,7 +19,7 @@ from kvferry.connector.bench.measure import interleaved
 from kvferry.connector.layout import BlockLayout, PageLayout
 from kvferry.connector.staging import HostStaging
 
-__all__ = ["HOST", "page_layout"]
+__all__ = ["HOST", "engine_memory", "page_layout"]
 
 GOAL = Goal(0.8, at_least=True)
 MIB = 1 << 20
@@ -96,7 +96,7 @@ def _compare(
     batch = max(1, min(blocks // 4, (1 if quick else 64) * MIB // block.slot_bytes))
     per_block = block.block_tokens // page_tokens
     layout = page_layout(block, order, page_tokens, blocks * per_block)
-    pages = _engine_memory(layout.extent_bytes())
+    pages = engine_memory(layout.extent_bytes())
     staging = HostStaging(pages, layout, block, block.shard(0, 1))
     arena = Arena.create(blocks, block.slot_bytes)
     try:
@@ -110,7 +110,7 @@ def _compare(
         arena.close()
 
 
-def _engine_memory(size: int) -> npt.NDArray[np.uint8]:
+def engine_memory(size: int) -> npt.NDArray[np.uint8]:
     """Return touched memory that starts on a cache line, as torch allocates it.
 
     numpy's own arrays start 16 bytes after a page, where copies of a few KiB into them are four times

@@ -79,7 +79,7 @@ def _filled(policy: EvictionPolicy, count: int) -> BlockManager:
 
 def _scanned(policy: EvictionPolicy, count: int) -> BlockManager:
     """A manager with an empty arena above a tier that holds ``count`` blocks."""
-    manager = BlockManager(2, policy, [LowerTierSpec(TIER, has_scan=True)])
+    manager = BlockManager(2, policy, [LowerTierSpec(name=TIER, has_scan=True)])
     for batch in _batches(count):
         manager.on_tier_scanned(TIER, batch, is_complete=False)
     manager.on_tier_scanned(TIER, (), is_complete=True)

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import msgspec
 
+from kvferry.connector.bench.admission import ADMISSION
 from kvferry.connector.bench.case import BenchCase, BenchContext, BenchSkipped, Figure
 from kvferry.connector.bench.disk import DISK
 from kvferry.connector.bench.hashing import HASHING
 from kvferry.connector.bench.host import HOST
 from kvferry.connector.bench.lookup import LOOKUP
+from kvferry.connector.bench.server_lookup import SERVER_LOOKUP
+from kvferry.connector.bench.server_map import SERVER_MAP
+from kvferry.connector.bench.server_stream import SERVER_STREAM
 from kvferry.connector.errors import KVFerryError
 from kvferry.connector.registry import PluginRegistry
 
@@ -29,7 +33,8 @@ class CaseResult(msgspec.Struct, frozen=True):
 
 def all_cases(registry: PluginRegistry) -> list[BenchCase]:
     """Return the core's cases and those of plugins, in the order they are run."""
-    return [HOST, DISK, LOOKUP, HASHING, *registry.bench_cases()]
+    servers = [SERVER_MAP, SERVER_STREAM, SERVER_LOOKUP]
+    return [HOST, DISK, LOOKUP, HASHING, ADMISSION, *servers, *registry.bench_cases()]
 
 
 def run_case(case: BenchCase, quick: bool, scratch: str, progress: Callable[[float], None]) -> CaseResult:

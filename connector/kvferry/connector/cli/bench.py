@@ -38,7 +38,9 @@ def bench(cases: tuple[str, ...], quick: bool, path: str | None, as_json: bool, 
 
     Each figure is a median of repetitions that alternate with those of its limit, so that other load hits
     both alike. A goal that is missed is marked; the exit code stays 0. Measures all cases unless some are
-    named; uses up to 3 GiB of disk and 2 GiB of memory meanwhile.
+    named; uses up to 10 GiB of disk (for s3; the others 3) and 2 GiB of memory meanwhile. The cases of the
+    cache server, redis and s3 start servers of their own; the last two don't where KVFERRY_BENCH_REDIS_URL or
+    KVFERRY_BENCH_S3_URL (and _ENDPOINT) name one; KVFERRY_BENCH_TRACE names a trace for admission.
     """
     known = {case.name: case for case in run.all_cases(PluginRegistry())}
     if list_only:
@@ -79,7 +81,7 @@ def _run(case: BenchCase, quick: bool, scratch: str, silent: bool) -> run.CaseRe
     """Run one case behind a progress bar and print its figures."""
     if silent:
         return run.run_case(case, quick, scratch, lambda part: None)
-    with click.progressbar(length=1000, label=f"{case.name:<10}", show_eta=False) as bar:
+    with click.progressbar(length=1000, label=f"{case.name:<13}", show_eta=False) as bar:
         result = run.run_case(case, quick, scratch, lambda part: bar.update(round(part * 1000) - bar.pos))
         bar.update(1000 - bar.pos)
     click.echo("\n".join(_lines(result, quick)) + "\n")

@@ -11,7 +11,8 @@ import click
 from kvferry.connector import __version__
 from kvferry.connector.cli.output import clean, mark, table
 from kvferry.connector.cli.source import config_options, quiet_registry, settings_from
-from kvferry.connector.doctor import Finding, examine
+from kvferry.connector.doctor import examine
+from kvferry.connector.finding import Finding
 from kvferry.connector.settings import Settings, effective
 
 __all__ = ["doctor"]

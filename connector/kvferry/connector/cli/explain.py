@@ -28,6 +28,8 @@ REASONS = {
     "tier_down": "its tier is down",
     "no_room": "no room in the arena to bring it to",
     "disabled": "switched off",
+    "slower_than_recompute": "computing it was faster than loading it",
+    "not_asked": "a shared tier did not say whether it has it",
 }
 
 
@@ -91,6 +93,7 @@ def story(record: RequestRecord) -> Iterator[str]:
     if record.bytes_loaded:
         times = f"waited {record.wait_ms:.1f} ms, copied {record.load_ms:.1f} ms"
         yield f"  loaded {format_bytes(record.bytes_loaded)}: {times}"
+    yield from _decision(record)
     yield f"  saved {record.saved_blocks} blocks, {format_bytes(record.bytes_saved)}"
 
 
@@ -109,6 +112,9 @@ def summary(records: Sequence[RequestRecord]) -> Iterator[str]:
         f"{count} {name}" for name, count in outcomes.most_common()
     )
     yield f"{prompt:,} prompt tokens: {local:,} on the engine, {loaded:,} loaded{_percent(local + loaded, prompt)}"
+    regret = sum(record.regret_ms for record in records)
+    if regret:
+        yield f"{regret:,.1f} ms lost to waits that took longer than computing"
     if reasons:
         yield "why prefixes ended:"
         rows = [(f"{count}", reason) for reason, count in reasons.most_common()]
@@ -123,6 +129,17 @@ def _tokens(record: RequestRecord) -> str:
     if record.local_tokens:
         parts.append(f"{record.local_tokens:,} were on the engine already")
     return "; ".join(parts)
+
+
+def _decision(record: RequestRecord) -> Iterator[str]:
+    """Yield how loading compared with computing, expected and in the end."""
+    if record.expected_ms is not None and record.recompute_ms is not None:
+        expected = f"loading {record.expected_ms:.1f} ms, computing {record.recompute_ms:.1f} ms"
+        yield f"  expected of what the tiers hold: {expected}"
+    for tier, blocks in record.declined_blocks.items():
+        yield f"  left {blocks} blocks in {clean(tier)}: computing them was faster"
+    if record.regret_ms:
+        yield f"  lost {record.regret_ms:.1f} ms by waiting for {clean(record.regret_tier)}"
 
 
 def _range(record: RequestRecord) -> str:

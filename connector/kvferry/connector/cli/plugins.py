@@ -9,7 +9,7 @@ import msgspec
 
 from kvferry.connector.cli.output import clean, mark, table
 from kvferry.connector.cli.source import config_options, quiet_registry, settings_from
-from kvferry.connector.registry import PluginRegistry
+from kvferry.connector.registry import OBSERVERS, PluginRegistry, PluginReport
 from kvferry.connector.tier import option_fields
 
 __all__ = ["plugins"]
@@ -26,34 +26,45 @@ def plugins(as_json: bool, toml_path: str | None, kv_transfer_config: str | None
     """
     registry = quiet_registry(settings_from(toml_path, kv_transfer_config))
     # Asking for everything once shows failures that loading alone does not.
-    commands, cases = registry.commands(), registry.bench_cases()
+    registry.commands()
+    registry.bench_cases()
     registry.doctor_findings()
     reports = registry.reports()
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(report) for report in reports], indent=2))
     else:
-        rows = [("", "plugin", "version", "from", "adds")]
-        for report in reports:
-            adds = ", ".join(hook.removeprefix("kvferry_").replace("_", " ") for hook in report.hooks)
-            rows.append(("", report.name, report.version or "-", report.origin, adds or "-"))
+        rows: list[tuple[str, ...]] = [("", "plugin", "version", "api", "from", "adds")]
+        rows += [("", *_row(report)) for report in reports]
         for line in table(rows):
             click.echo(line.lstrip())
         for report in reports:
             if report.error:
                 click.echo(f"{mark('error')} {clean(report.error)}")
-        _print_offers(registry, [c.name or "" for c in commands], [case.name for case in cases])
+        _print_details(registry)
     if any(report.error for report in reports):
         raise SystemExit(1)
 
 
-def _print_offers(registry: PluginRegistry, commands: list[str], cases: list[str]) -> None:
+def _row(report: PluginReport) -> tuple[str, ...]:
+    """Say what a plugin adds: things by name, and the hooks that have none."""
+    named = [f"{kind} {name}" for kind, names in report.offers.items() for name in names]
+    others = [hook for hook in report.hooks if hook in OBSERVERS or hook == "kvferry_doctor_findings"]
+    adds = [*named, *(hook.removeprefix("kvferry_").replace("_", " ") for hook in others)]
+    api = str(report.api_version) if report.api_version is not None else "-"
+    return report.name, report.version or "-", api, report.origin, clean(", ".join(adds)) or "-"
+
+
+def _print_details(registry: PluginRegistry) -> None:
     click.echo()
     rows = [
         (f"tier {name}", tier_type.summary, "options: " + ", ".join(option_fields(tier_type)))
         for name, tier_type in sorted(registry.tier_types().items())
     ]
+    rows += [
+        (f"codec {name}", codec.summary, f"id {codec.id}" + (", lossy" if codec.is_lossy else ""))
+        for name, codec in sorted(registry.codec_types().items())
+    ]
     rows += [(f"eviction {name}", "", "") for name in registry.eviction_policies()]
-    rows += [(f"command {name}", "", "") for name in sorted(commands)]
-    rows += [(f"bench case {name}", "", "") for name in sorted(cases)]
+    rows += [(f"admission {name}", "", "") for name in registry.admission_policies()]
     for line in table(rows):
         click.echo(clean(line))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import metadata
 
-from kvferry.connector.doctor import Finding
+from kvferry.connector.finding import Finding
 
 __all__ = ["findings"]
 

@@ -95,6 +95,7 @@ def block_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_
         head_dim=content_bytes // (kv_factor * itemsize),
         kv_factor=kv_factor,
         itemsize=itemsize,
+        dtype=str(spec.dtype).removeprefix("torch."),
     )
 
 

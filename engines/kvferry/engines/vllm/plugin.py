@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import click
 
     from kvferry.connector.bench.case import BenchCase
-    from kvferry.connector.doctor import Finding
+    from kvferry.connector.finding import Finding
 
 __all__ = ["kvferry_bench_cases", "kvferry_commands", "kvferry_doctor_findings"]
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvferry.connector.embedded import EmbeddedService
+from kvferry.connector.choosing import open_service
+from kvferry.connector.coding import block_fingerprint
 from kvferry.connector.explain import RequestRecord, open_log
 from kvferry.connector.registry import PluginRegistry
-from kvferry.connector.service import HOST
 from kvferry.connector.settings import Settings
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.session import EngineSessions
@@ -50,7 +51,7 @@ class SchedulerSide:
 
     Raises:
         ConfigError: The configuration does not fit this engine.
-        ArenaError: The arena cannot be had.
+        KVFerryError: There can be no cache: no memory for the arena, or a server that refuses this engine.
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
@@ -60,6 +61,7 @@ class SchedulerSide:
         self._model = identity.model
         self._engine = vllm_config.kv_transfer_config.engine_id
         self._page_tokens = attention_spec(kv_cache_config).block_size
+        self._is_in_step = False
         self._requests: dict[str, Request] = {}
         self._local_tokens: dict[str, int] = {}
         self._tables = PageTables()
@@ -69,9 +71,16 @@ class SchedulerSide:
         )
         parallel = vllm_config.parallel_config
         instance = f"dp{parallel.data_parallel_rank}" if parallel.data_parallel_size > 1 else ""
-        fingerprint = identity.fingerprint()
-        self._service = EmbeddedService(
-            config, layout, fingerprint, PluginRegistry(config.plugins), instance=instance
+        registry = PluginRegistry(config.plugins)
+        fingerprint = block_fingerprint(identity.fingerprint(), config, registry)
+        self._service = open_service(
+            config,
+            layout,
+            fingerprint,
+            registry,
+            instance=instance,
+            engine=self._engine,
+            wants_events=self._wants_events,
         )
         self._log = open_log(config.explain, self._engine, os.environ)
         self.stats = SchedulerStats(self._service)
@@ -84,12 +93,11 @@ class SchedulerSide:
             self._on_record,
         )
         logger.info(
-            "kvferry serves %s: blocks of %d tokens (%d bytes), %d slots, tiers %s, fingerprint %s",
+            "kvferry serves %s: blocks of %d tokens (%d bytes), %s, fingerprint %s",
             self._model,
             layout.block_tokens,
             layout.payload_bytes,
-            self._service.arena.num_slots,
-            ", ".join([HOST, *self._service.counters().tiers]),
+            self._service.description,
             fingerprint[:4].hex(),
         )
 
@@ -105,7 +113,7 @@ class SchedulerSide:
         if request.skip_reading_prefix_cache:
             return 0
         self._local_tokens[request.request_id] = local_tokens
-        self._service.poll()
+        self._begin_step()
         return self._sessions.offer(request.request_id, request.all_token_ids, local_tokens)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -117,18 +125,29 @@ class SchedulerSide:
 
     def plan_step(self, output: SchedulerOutput) -> StepJobs:
         """Plan the step's copies. Called before vLLM advances ``num_computed_tokens``."""
-        self._service.poll()
+        self._begin_step()
+        self._is_in_step = False
         self._sessions.pages_assigned(self._tables.update(output))
+        prompt_tokens = 0
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self._requests.get(request_id)
             if request is not None:
+                left = request.num_tokens - request.num_computed_tokens
+                prompt_tokens += min(scheduled, left) if left > 1 else 0
                 self._sessions.computed(
                     request_id,
                     request.all_token_ids,
                     request.num_computed_tokens + scheduled,
                     self._tables.get(request_id),
                 )
+        self._sessions.prefill.step_planned(prompt_tokens, time.monotonic())
         return self.planned()
+
+    def _begin_step(self) -> None:
+        """Poll once a step, before the first offer or else before the copies are planned."""
+        if not self._is_in_step:
+            self._is_in_step = True
+            self._service.poll()
 
     def planned(self) -> StepJobs:
         """Hand over what is planned so far."""
@@ -137,7 +156,9 @@ class SchedulerSide:
     def workers_reported(
         self, loaded: Iterable[str], failed_loads: Iterable[str], report: WorkerReport | None
     ) -> None:
-        """All ranks have finished these loads; some ranks have finished these saves."""
+        """A step is through: all ranks have finished these loads, some ranks have finished these saves."""
+        self._sessions.prefill.step_ended(time.monotonic())
+        self.stats.show_prefill_rate(self._sessions.prefill.tokens_per_s)
         failed = set(failed_loads)
         for request_id in loaded:
             self._sessions.load_finished(request_id, ok=request_id not in failed)

@@ -12,29 +12,16 @@ from typing import Any, Protocol
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvferry.connector import metrics
-from kvferry.connector.counters import ServiceCounters, TierCounters
 from kvferry.connector.explain import RequestRecord
-from kvferry.connector.service import HOST
 from kvferry.engines.jobs import WorkerReport
 
 __all__ = ["KVFerryPromMetrics", "KVFerryStats", "SchedulerStats"]
 
 _INTERVAL_S = 1.0
-_BREAKER_STATES = {"closed": 0, "half_open": 1, "open": 2}
-_TIER_TOTALS = {
-    "loaded_blocks": metrics.LOADED_BLOCKS,
-    "loaded_bytes": metrics.LOADED_BYTES,
-    "failed_loads": metrics.FAILED_LOADS,
-    "stored_blocks": metrics.STORED_BLOCKS,
-    "stored_bytes": metrics.STORED_BYTES,
-    "failed_stores": metrics.FAILED_STORES,
-    "shed_stores": metrics.SHED_STORES,
-    "evictions": metrics.EVICTIONS,
-}
 
 
-class _Countable(Protocol):
-    def counters(self) -> ServiceCounters: ...
+class _Reporting(Protocol):
+    def report(self, counts: metrics.Counts) -> None: ...
 
 
 class KVFerryStats(KVConnectorStats):  # type: ignore[misc]  # vLLM's base is untyped
@@ -83,17 +70,15 @@ class KVFerryPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # vLLM'
 
 
 class SchedulerStats:
-    """Counts requests and copies, and turns the service's totals into deltas.
+    """Counts requests and copies, and has the service count what it did.
 
     Owned by the scheduler thread.
     """
 
-    def __init__(self, service: _Countable) -> None:
+    def __init__(self, service: _Reporting) -> None:
         self._service = service
         self._counts = metrics.Counts()
         self._last_taken = 0.0
-        self._last_totals: dict[str, TierCounters] = {}
-        self._host_evictions = 0
 
     def count_request(self, record: RequestRecord) -> None:
         """Count a finished request."""
@@ -107,9 +92,18 @@ class SchedulerStats:
         counts.observe(metrics.WAIT_SECONDS, record.wait_ms / 1e3)
         if record.missing_block is not None:
             counts.add(metrics.MISSES, 1, record.missing_reason)
+        for tier, blocks in record.declined_blocks.items():
+            counts.add(metrics.DECLINED_BLOCKS, blocks, tier)
+        if record.regret_ms:
+            counts.add(metrics.REGRET_SECONDS, record.regret_ms / 1e3, record.regret_tier)
         for tier, tokens in record.matched_tokens.items():
             counts.add(metrics.HIT_TOKENS, tokens, tier)
             counts.add(metrics.HIT_BLOCKS, -(-tokens // record.block_tokens), tier)
+
+    def show_prefill_rate(self, tokens_per_s: float | None) -> None:
+        """Show how fast the engine computes prompts, once it is known."""
+        if tokens_per_s is not None:
+            self._counts.show(metrics.PREFILL_RATE, tokens_per_s)
 
     def count_copies(self, report: WorkerReport) -> None:
         """Count what the workers copied."""
@@ -127,34 +121,5 @@ class SchedulerStats:
         if now - self._last_taken < _INTERVAL_S:
             return None
         self._last_taken = now
-        self._count_service(self._service.counters())
+        self._service.report(self._counts)
         return KVFerryStats(data=self._counts.take())
-
-    def _count_service(self, totals: ServiceCounters) -> None:
-        counts = self._counts
-        counts.show(metrics.LEASES, totals.leases)
-        counts.show(metrics.RESERVATIONS, totals.reservations)
-        counts.show(metrics.TIER_BLOCKS, totals.host_blocks, HOST)
-        counts.show(metrics.TIER_CAPACITY_BYTES, totals.capacity_bytes, HOST)
-        used = totals.capacity_bytes // totals.slots * totals.used_slots
-        counts.show(metrics.TIER_USED_BYTES, used, HOST)
-        counts.add(metrics.EVICTIONS, totals.host_evictions - self._host_evictions, HOST)
-        self._host_evictions = totals.host_evictions
-        for name, tier in totals.tiers.items():
-            self._count_tier(name, tier, self._last_totals.get(name, TierCounters()))
-        self._last_totals = totals.tiers
-
-    def _count_tier(self, name: str, tier: TierCounters, last: TierCounters) -> None:
-        counts = self._counts
-        for attribute, metric in _TIER_TOTALS.items():
-            grown = getattr(tier, attribute) - getattr(last, attribute)
-            if grown:
-                counts.add(metric, grown, name)
-        for reason, blocks in tier.refused.items():
-            counts.add(metrics.REFUSALS, blocks - last.refused.get(reason, 0), name, reason)
-        counts.show(metrics.TIER_BLOCKS, tier.blocks, name)
-        counts.show(metrics.TIER_USED_BYTES, tier.used_bytes, name)
-        if tier.capacity_bytes is not None:
-            counts.show(metrics.TIER_CAPACITY_BYTES, tier.capacity_bytes, name)
-        counts.show(metrics.TIER_QUEUED_BLOCKS, tier.queued_blocks, name)
-        counts.show(metrics.BREAKER, _BREAKER_STATES.get(tier.breaker, 2), name)

@@ -15,6 +15,7 @@ from kvferry.plugins.disk.directory import Directory, hint_for, tier_path
 from kvferry.plugins.disk.index import Entry, Index, IndexFull
 from kvferry.plugins.disk.options import INDEX_BATCH, DiskOptions, Geometry, plan_geometry
 from kvferry.plugins.disk.records import Records
+from kvferry.plugins.disk.siblings import remove_oldest
 from kvferry.plugins.disk.slabs import Slabs, record_of, split_record
 from kvferry.plugins.disk.tier import DiskTier
 
@@ -37,6 +38,7 @@ def open_disk_tier(options: DiskOptions, context: TierContext) -> DiskTier:
     with contextlib.ExitStack() as undo:
         directory = Directory(context, path, geometry.record_bytes, is_durable=options.sync)
         undo.callback(directory.release, is_clean=False)
+        remove_oldest(path, context)
         try:
             slabs = Slabs(path, geometry.record_bytes, use_direct_io=options.direct_io == "auto")
             undo.callback(slabs.close)

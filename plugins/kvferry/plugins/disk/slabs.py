@@ -25,7 +25,7 @@ from kvferry.connector.frame import HEADER_BYTES
 from kvferry.plugins.disk.manifest import flush_names
 from kvferry.plugins.disk.options import SECTOR_BYTES
 
-__all__ = ["Slabs", "Truncated", "record_of", "split_record"]
+__all__ = ["Slabs", "Truncated", "record_of", "split_record", "supports_direct_io", "whole_sectors"]
 
 _NAME = re.compile(r"slab-(\d{5})")
 _SLAB_SHIFT = 32
@@ -44,6 +44,11 @@ def record_of(slab: int, position: int) -> int:
 def split_record(record: int) -> tuple[int, int]:
     """Return the slab and the position of a record."""
     return record >> _SLAB_SHIFT, record & _POSITION_MASK
+
+
+def whole_sectors(length: int) -> int:
+    """Return ``length`` rounded up to sectors."""
+    return -(-length // SECTOR_BYTES) * SECTOR_BYTES
 
 
 class _Scratch(threading.local):
@@ -71,7 +76,7 @@ class Slabs:
         self._scratch = _Scratch()
         self._descriptors: dict[int, int] = {}
         self._records: dict[int, int] = {}
-        self.is_direct = use_direct_io and _supports_direct_io(path)
+        self.is_direct = use_direct_io and supports_direct_io(path)
         try:
             for file in sorted(path.iterdir()):
                 if match := _NAME.fullmatch(file.name):
@@ -123,6 +128,14 @@ class Slabs:
 
     def write(self, record: int, header: memoryview, payload: memoryview) -> None:
         """Write a record. Blocks; whether it is on the medium is known only after ``sync``.
+
+        A payload shorter than the record leaves what the record held behind it; ``read`` returns that
+        too, and the frame's header says that it is not the block.
+
+        Args:
+            record: The record's number.
+            header: The frame's header.
+            payload: Whole sectors, aligned.
 
         Raises:
             OSError: The record was not written, or only in part.
@@ -194,9 +207,15 @@ def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
     return rest
 
 
-def _supports_direct_io(path: Path) -> bool:
-    """Tell whether a sector can really be written and read with O_DIRECT in ``path``."""
-    probe = path / "probe.new"
+def supports_direct_io(path: Path, probe_name: str = "probe.new") -> bool:
+    """Tell whether a sector can really be written and read with O_DIRECT in the directory ``path``.
+
+    Writes a file of the given name and removes it.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    probe = path / probe_name
     sector = mmap.mmap(-1, SECTOR_BYTES)
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT

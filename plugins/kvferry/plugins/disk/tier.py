@@ -33,7 +33,7 @@ from kvferry.plugins.disk.gate import Gate
 from kvferry.plugins.disk.index import Index, IndexFull
 from kvferry.plugins.disk.options import INDEX_BATCH, DiskOptions, Geometry
 from kvferry.plugins.disk.records import Census, Records
-from kvferry.plugins.disk.slabs import Slabs, Truncated, record_of
+from kvferry.plugins.disk.slabs import Slabs, Truncated, record_of, whole_sectors
 
 __all__ = ["DiskTier"]
 
@@ -255,7 +255,7 @@ class DiskTier:
 
     def _write(self, frame: Frame, record: int, broken: set[BlockKey]) -> Outcome:
         try:
-            self._slabs.write(record, frame.header, frame.payload)
+            self._slabs.write(record, frame.header, frame.payload[: whole_sectors(frame.length)])
         except OSError as error:
             self._report(error.errno, f"block {short_key(frame.key)} cannot be written: {error.strerror}")
             if error.errno == errno.EIO:

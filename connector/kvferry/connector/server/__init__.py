@@ -1,0 +1,1 @@
+"""The standalone cache server, `kvferry serve`: see ``docs/explanation/cache-server.md``."""
