@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-__all__ = ["MOST_THREADS", "Config", "ExplainConfig", "HostConfig", "TierConfig", "TlsConfig"]
+__all__ = ["MOST_THREADS", "Config", "ExplainConfig", "HostConfig", "PeerConfig", "TierConfig", "TlsConfig"]
 
 GIB = 1 << 30
 MOST_THREADS = 256
@@ -73,6 +73,33 @@ class ExplainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Bound on the records on disk, per engine."""
 
 
+class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Handoff of KV pages between engines: prefill on one, decode on another."""
+
+    enabled: bool = True
+    """False neither hands pages over nor takes them; requests are computed as if nobody had asked for it."""
+    listen: str = "tcp://127.0.0.1:0"
+    """Where the side channel of an engine that prefills listens; port 0 takes a free one. Beyond this machine a
+    ``token`` is needed."""
+    advertise: str = ""
+    """Host name or address at which decoding engines reach it; the listening one when empty."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts and networks (``10.0.0.0/8``) from which pages are taken. None given: this machine, and with a
+    ``token`` any."""
+    transport: str = "auto"
+    """``nixl``, ``socket``, a plugin's, or ``auto``: the best that both engines have."""
+    lease_s: Seconds = 30.0
+    """Seconds that pages are held for a decoding engine that says nothing; it renews the lease while it waits."""
+    deadline_s: Seconds = 10.0
+    """Seconds after which a decoding engine gives up a transfer and computes the prompt itself."""
+    held_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.75
+    """Share of the engine's pages that may be held for others; beyond it pages are freed at once."""
+    verify: bool = True
+    """Compare checksums of what was read from host memory; pages in GPU memory are never hashed."""
+    commit_wait_s: Seconds = 1.0
+    """Seconds that a prefill's answer may wait until what it saved is visible to whoever shares the cache."""
+
+
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """TLS towards a cache server; used with ``tls://`` addresses."""
 
@@ -115,6 +142,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Model id for keys; the engine's model name when empty. Set it when paths differ by machine."""
     revision: str = ""
     """Revision of the weights for keys; found or digested when empty."""
+    peer: PeerConfig = PeerConfig()
     save: Literal["all", "prompt", "none"] = "all"
     """``all`` saves prompt and generated blocks, ``prompt`` only the prompt's, ``none`` nothing."""
     lease_s: Seconds = 60.0

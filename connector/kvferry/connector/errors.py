@@ -16,6 +16,7 @@ The tree follows responsibility, not modules: who has to act is readable from th
     │  └─ TierTimeout               it did not answer within its deadline
     ├─ WireError                    the other end of a connection broke the protocol
     ├─ AccessRefused                a credential was refused, by the server or by us
+    ├─ HandoffFailed                pages of another engine could not be had; the request recomputes
     └─ BlockRefused                 bytes were offered that must not reach a model
 
 A miss is not an error and has no class here: lookups and loads report it as a value.
@@ -31,6 +32,7 @@ __all__ = [
     "BlockRefused",
     "ClosedError",
     "ConfigError",
+    "HandoffFailed",
     "KVFerryError",
     "LayoutError",
     "LeaseError",
@@ -154,6 +156,35 @@ class WireError(KVFerryError):
 
 class AccessRefused(KVFerryError):
     """A credential was refused: the server's opinion of ours, or ours of the server."""
+
+
+class HandoffFailed(KVFerryError):
+    """Pages of another engine could not be had, or must not be used; the request is recomputed.
+
+    Args:
+        reason: One word for counters; ``HandoffFailed.REASONS`` has them all.
+        why: What happened, and what to do where something can be done.
+    """
+
+    REASONS = (
+        "params",
+        "unreachable",
+        "refused",
+        "incompatible",
+        "gone",
+        "content",
+        "expired",
+        "timeout",
+        "disconnected",
+        "transport",
+        "checksum",
+        "aborted",
+    )
+
+    def __init__(self, reason: str, why: str) -> None:
+        assert reason in self.REASONS
+        self.reason = reason
+        super().__init__(f"handoff failed ({reason}): {why}; the request is recomputed")
 
 
 class BlockRefused(KVFerryError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvferry.connector.keys import BlockKey
     from kvferry.connector.policy import EvictionPolicy
     from kvferry.connector.tier import TierType
+    from kvferry.connector.transport import TransportType
 
 __all__ = ["API_VERSION", "PROJECT", "hookimpl", "hookspec"]
 
@@ -29,9 +30,9 @@ PROJECT = "kvferry"
 """pluggy project name and entry-point group."""
 
 API_VERSION = 1
-"""Version of everything a plugin may use: these hooks, ``tier``, ``codec``, ``admission``, ``policy`` and
-``testing``. It grows when something is added; what is there is not changed or removed within a version
-of kvferry's major number. A plugin that needs a newer one says so in ``kvferry_api_version``."""
+"""Version of everything a plugin may use: these hooks, ``tier``, ``codec``, ``admission``, ``policy``,
+``transport`` and ``testing``. It grows when something is added; what is there is not changed or removed within
+a version of kvferry's major number. A plugin that needs a newer one says so in ``kvferry_api_version``."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -55,6 +56,11 @@ def kvferry_admission_policies() -> dict[str, Callable[[], AdmissionPolicy]]:  #
 @hookspec
 def kvferry_codecs() -> Sequence[CodecType]:  # type: ignore[empty-body]
     """Return the codecs this plugin offers for blocks at rest."""
+
+
+@hookspec
+def kvferry_transports() -> Sequence[TransportType]:  # type: ignore[empty-body]
+    """Return ways in which an engine's rank reads pages of another engine's memory."""
 
 
 @hookspec

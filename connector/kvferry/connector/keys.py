@@ -31,6 +31,7 @@ __all__ = [
     "KeyChain",
     "ModelIdentity",
     "Scope",
+    "content_digest",
     "epoch_fingerprint",
     "root_key",
     "tenant_fingerprint",
@@ -167,6 +168,16 @@ class KeyChain:
         self._keys: list[BlockKey] = []
 
     @property
+    def root(self) -> BlockKey:
+        """What precedes the first block."""
+        return self._root
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per block."""
+        return self._block_tokens
+
+    @property
     def keys(self) -> Sequence[BlockKey]:
         """The keys so far, one per full block, first block first."""
         return self._keys
@@ -198,3 +209,22 @@ class KeyChain:
                 parent = BlockKey(blake3(b"".join((_BLOCK_START, parent, length, block, rest))).digest())
                 self._keys.append(parent)
         return self._keys[:full] if full < len(self._keys) else self._keys
+
+
+def content_digest(
+    chain: KeyChain, tokens: Sequence[int], extras: Mapping[int, Sequence[Extra]] | None = None
+) -> bytes:
+    """Return 32 bytes that name all of ``tokens``, also those behind the last full block.
+
+    Equal digests mean interchangeable KV for every one of the tokens, as equal keys do for a block's.
+
+    Args:
+        chain: The request's; it is extended by what is missing.
+        tokens: From the prompt's first one on, ids in [0, 2**32).
+        extras: Extras by block index.
+    """
+    keys = chain.extend(tokens, extras)
+    tail = tokens[len(keys) * chain.block_tokens :]
+    rest = _extra_fields(extras.get(len(keys), ())) if extras else b""
+    parent = keys[-1] if keys else chain.root
+    return _digest([b"content", parent, struct.pack(f"<{len(tail)}I", *tail), rest])

@@ -21,6 +21,7 @@ from kvferry.connector.finding import Finding
 from kvferry.connector.schema import is_name
 from kvferry.connector.service import HOST
 from kvferry.connector.tier import TierType
+from kvferry.connector.transport import TransportType
 
 if TYPE_CHECKING:
     import click
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADMISSION_POLICIES",
+    "AUTO",
     "BENCH_CASES",
     "CODECS",
     "COMMANDS",
     "EVICTION_POLICIES",
     "TIER_TYPES",
+    "TRANSPORTS",
     "Kind",
     "Offer",
     "add",
@@ -44,6 +47,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+AUTO = "auto"
+"""As ``peer.transport``: the best that both sides have."""
 RESERVED = frozenset({NONE, HOST})
 """Names with a meaning of their own in a configuration."""
 OWN_COMMANDS = frozenset({"bench", "doctor", "explain", "plugins", "serve", "top"})
@@ -137,6 +142,15 @@ def _codecs(answer: object) -> Iterator[tuple[str, CodecType]]:
         yield offered.name, offered
 
 
+def _transports(answer: object) -> Iterator[tuple[str, TransportType]]:
+    for offered in _instances(answer, TransportType):
+        what = f"transport {reprlib.repr(offered.name)}"
+        for field in ("unusable", "export", "connect"):
+            _require_callable(what, field, getattr(offered, field))
+        _require_text(what, "summary", offered.summary)
+        yield offered.name, offered
+
+
 def _factories(answer: object) -> Iterator[tuple[str, Callable[[], T]]]:
     if not isinstance(answer, Mapping):
         raise TypeError(f"returned {reprlib.repr(answer)}, expected a dict of names and factories")
@@ -188,6 +202,9 @@ EVICTION_POLICIES: Kind[Callable[[], EvictionPolicy]] = Kind(
 )
 ADMISSION_POLICIES: Kind[Callable[[], AdmissionPolicy]] = Kind(
     "admission policy", "kvferry_admission_policies", _factories
+)
+TRANSPORTS: Kind[TransportType] = Kind(
+    "transport", "kvferry_transports", _transports, reserved=frozenset({AUTO})
 )
 COMMANDS: Kind[click.Command] = Kind("command", "kvferry_commands", _commands, reserved=OWN_COMMANDS)
 BENCH_CASES: Kind[BenchCase] = Kind("bench case", "kvferry_bench_cases", _bench_cases)

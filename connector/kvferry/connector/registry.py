@@ -31,6 +31,7 @@ from kvferry.connector.errors import ConfigError, PluginError, PluginMissing
 from kvferry.connector.offers import Kind, Offer
 from kvferry.connector.schema import nearest
 from kvferry.connector.tier import TierType
+from kvferry.connector.transport import TransportType
 
 if TYPE_CHECKING:
     import click
@@ -52,7 +53,13 @@ OBSERVERS = (
     "kvferry_block_refused",
 )
 """The hooks that are told what happened."""
-_AT_START = (offers.TIER_TYPES, offers.CODECS, offers.EVICTION_POLICIES, offers.ADMISSION_POLICIES)
+_AT_START = (
+    offers.TIER_TYPES,
+    offers.CODECS,
+    offers.EVICTION_POLICIES,
+    offers.ADMISSION_POLICIES,
+    offers.TRANSPORTS,
+)
 _BUILT_IN = "policies"
 _VERSION_ATTRIBUTE = "kvferry_api_version"
 
@@ -139,6 +146,19 @@ class PluginRegistry:
             PluginMissing: No working plugin offers it, and a broken one may have.
         """
         return self._find(offers.CODECS, name, path).thing
+
+    def transports(self) -> dict[str, TransportType]:
+        """Return the transports by name."""
+        return {name: offer.thing for name, offer in self._offered(offers.TRANSPORTS).items()}
+
+    def transport(self, name: str, path: str = "peer.transport") -> TransportType:
+        """Return one transport.
+
+        Raises:
+            ConfigError: No plugin offers it.
+            PluginMissing: No working plugin offers it, and a broken one may have.
+        """
+        return self._find(offers.TRANSPORTS, name, path).thing
 
     def eviction_policies(self) -> list[str]:
         """Return the names that ``eviction`` accepts."""

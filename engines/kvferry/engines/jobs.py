@@ -12,7 +12,17 @@ from typing import NamedTuple
 from kvferry.connector.arena import ArenaHandle
 from kvferry.connector.layout import BlockLayout
 
-__all__ = ["BlockCopy", "LoadJob", "SaveJob", "StepJobs", "WorkerReport"]
+__all__ = [
+    "BlockCopy",
+    "ExportJob",
+    "LoadJob",
+    "PeerCounts",
+    "PeerRead",
+    "PeerSource",
+    "SaveJob",
+    "StepJobs",
+    "WorkerReport",
+]
 
 
 class BlockCopy(NamedTuple):
@@ -26,12 +36,40 @@ class BlockCopy(NamedTuple):
     pages: tuple[int, ...]
 
 
+class PeerSource(NamedTuple):
+    """Where another engine holds a request's pages for this one. Validated: see ``handoff.params``."""
+
+    host: str
+    port: int
+    engine_id: str
+    request_id: str
+    """The other engine's name for the request."""
+    num_tokens: int
+    """Tokens whose KV it holds, from the first one on."""
+
+
+class PeerRead(NamedTuple):
+    """Read pages of another engine into a request's own."""
+
+    source: PeerSource
+    reader: str
+    """What this engine calls itself and the request towards the other."""
+    num_tokens: int
+    """Tokens of the request's prompt that the pages must stand for, counted from its first."""
+    content: bytes
+    """Digest of everything that determines their KV (``keys.content_digest``)."""
+    first_page: int
+    """Which page of the request ``pages[0]`` is."""
+    pages: tuple[int, ...]
+
+
 class LoadJob(NamedTuple):
-    """Scatter leased slots into a request's pages. Succeeds or fails as a whole."""
+    """Scatter leased slots into a request's pages, and read others from a peer. Succeeds or fails as a whole."""
 
     request_id: str
     copies: tuple[BlockCopy, ...]
-    """Empty when the load is already known to fail."""
+    """With ``peer`` None, empty when the load is already known to fail."""
+    peer: PeerRead | None = None
 
 
 class SaveJob(NamedTuple):
@@ -40,6 +78,14 @@ class SaveJob(NamedTuple):
     id: int
     request_id: str
     copies: tuple[BlockCopy, ...]
+
+
+class ExportJob(NamedTuple):
+    """Digest pages that are handed over, so that whoever reads them can compare."""
+
+    seq: int
+    """Of the lease (``handoff.table``)."""
+    pages: tuple[int, ...]
 
 
 @dataclass
@@ -55,11 +101,35 @@ class StepJobs:
     """Saves of earlier steps whose pages this step overwrites: wait for them first."""
     releases: list[str] = field(default_factory=list)
     """Finished requests whose pages wait for their saves: report them when those are through."""
+    exports: list[ExportJob] = field(default_factory=list)
+    is_awaited: bool = False
+    """Whether the step may end only when its saves are through: somebody is told of them as soon as it has ended."""
 
     def void(self) -> None:
         """Have every load and save fail: slot numbers mean nothing in another arena."""
         self.loads = [LoadJob(load.request_id, ()) for load in self.loads]
         self.saves = [SaveJob(save.id, save.request_id, ()) for save in self.saves]
+
+
+@dataclass
+class PeerCounts:
+    """What a rank read from peers since the last report."""
+
+    reads: int = 0
+    """Handoffs that were read and found good."""
+    bytes: int = 0
+    seconds: float = 0.0
+    """From the first byte to the last check, of the good ones."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """``HandoffFailed`` reason -> how often."""
+
+    def merge(self, other: PeerCounts) -> None:
+        """Add another rank's counts."""
+        self.reads = max(self.reads, other.reads)
+        self.bytes += other.bytes
+        self.seconds = max(self.seconds, other.seconds)
+        for reason, count in other.failures.items():
+            self.failures[reason] = max(self.failures.get(reason, 0), count)
 
 
 @dataclass
@@ -74,12 +144,15 @@ class WorkerReport:
     bytes_saved: int = 0
     load_seconds: float = 0.0
     save_seconds: float = 0.0
+    digests: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """Lease -> rank -> digests of its pages (``handoff.digest``)."""
+    peer: PeerCounts = field(default_factory=PeerCounts)
     problem: str = ""
     """Why this rank can neither load nor save; empty when all is well."""
 
     def is_empty(self) -> bool:
         """Tell whether there is nothing to report."""
-        return not (self.saved or self.failed_saves or self.problem or self.bytes_loaded)
+        return self == WorkerReport()
 
     def merge(self, other: WorkerReport) -> None:
         """Add another rank's report to this one."""
@@ -90,4 +163,7 @@ class WorkerReport:
         self.bytes_saved += other.bytes_saved
         self.load_seconds = max(self.load_seconds, other.load_seconds)
         self.save_seconds = max(self.save_seconds, other.save_seconds)
+        for seq, by_rank in other.digests.items():
+            self.digests.setdefault(seq, {}).update(by_rank)
+        self.peer.merge(other.peer)
         self.problem = self.problem or other.problem

@@ -1,0 +1,1 @@
+"""Handoff: one engine prefills, another takes the KV pages straight out of its memory and decodes."""
