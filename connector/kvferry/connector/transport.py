@@ -167,6 +167,8 @@ class TransportContext(msgspec.Struct, frozen=True, kw_only=True):
     """Credential of both sides; empty for none."""
     name: str
     """Unique to this process's life: engine, rank and a random part."""
+    is_only: bool = False
+    """The operator named this transport, so none takes its place: it serves as well as it can."""
 
 
 class PageExporter(Protocol):
