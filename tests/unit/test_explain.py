@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvferry.connector import rotation
-from kvferry.connector.cli.explain import REASONS, story, summary
+from kvferry.connector.cli.explain import HANDOFF_REASONS, REASONS, story, summary
 from kvferry.connector.config import ExplainConfig
+from kvferry.connector.errors import HandoffFailed
 from kvferry.connector.explain import (
     MAX_ENGINES,
     ExplainLog,
@@ -280,6 +281,30 @@ def test_the_story_of_a_load_that_was_not_worth_it() -> None:
     assert "lost 12.5 ms by waiting for disk" in text
 
 
+def test_the_story_of_a_request_that_another_engine_prefilled() -> None:
+    fields = {"prompt_tokens": 1752, "matched_tokens": {"peer": 1752}, "loaded_tokens": 1751, "peer_ms": 41.2}
+    text = "\n".join(story(record(1, **fields)))
+    assert "1,751 of 1,752 tokens loaded; found 1,752 from peer" in text
+    assert "the other engine's pages took 41.2 ms" in text
+
+
+def test_the_story_of_a_handoff_that_failed() -> None:
+    fields = {"prompt_tokens": 1752, "failed": True, "peer_failed": "expired", "peer_ms": 3.0}
+    lines = list(story(record(1, **fields)))
+    assert (
+        "  no handoff: the other engine's promise to hold the pages had ended; the prompt was computed here"
+        in lines
+    )
+    assert not any("a load failed" in line or "took" in line for line in lines), "one line says it"
+
+
+def test_the_summary_counts_why_handoffs_failed() -> None:
+    records = [record(1, peer_failed="expired"), record(2, peer_failed="expired"), record(3)]
+    text = "\n".join(summary(records))
+    assert "why handoffs failed:\n  2  the other engine's promise" in text
+    assert "handoffs" not in "\n".join(summary([record(1), record(2)]))
+
+
 def test_the_summary_adds_up_regret() -> None:
     records = [record(1, regret_ms=12.5, regret_tier="disk"), record(2, regret_ms=2.0, regret_tier="s3")]
     assert "14.5 ms lost to waits that took longer than computing" in "\n".join(summary(records))
@@ -303,6 +328,7 @@ def test_a_story_never_sends_control_characters_to_the_terminal() -> None:
                 declined_blocks={hostile: 1},
                 regret_ms=1.0,
                 regret_tier=hostile,
+                peer_failed=hostile,
             )
         )
     )
@@ -342,3 +368,7 @@ def test_the_summary_counts_reasons() -> None:
 
 def test_every_reason_for_a_miss_has_its_words() -> None:
     assert set(REASONS) == {reason.value for reason in MissReason} - {"none"}
+
+
+def test_every_reason_of_a_failed_handoff_has_its_words() -> None:
+    assert set(HANDOFF_REASONS) == set(HandoffFailed.REASONS)

@@ -87,6 +87,11 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """The tier that was waited for then, ``several`` if it was not one alone."""
     failed: bool = False
     """A load failed and the engine recomputed."""
+    peer_ms: float = 0.0
+    """From the offer of another engine's pages until they were read and checked, or given up; 0 if none were."""
+    peer_failed: str = ""
+    """Why the pages of another engine could not be had: one of ``HandoffFailed.REASONS``; empty when they could, or
+    nobody had asked for it."""
 
     @property
     def outcome(self) -> str:

@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-__all__ = ["Kind", "Metric", "Scope"]
+__all__ = ["Kind", "Metric", "Scope", "is_counter"]
 
 
 class Kind(enum.Enum):
@@ -43,6 +43,11 @@ class Metric(msgspec.Struct, frozen=True):
     @property
     def kind(self) -> Kind:
         """Counter when the name ends in ``_total``, histogram when there are buckets, else gauge."""
-        if self.name.endswith("_total"):
+        if is_counter(self.name):
             return Kind.COUNTER
         return Kind.HISTOGRAM if self.buckets else Kind.GAUGE
+
+
+def is_counter(name: str) -> bool:
+    """Tell whether the metric of this name is a counter, also of one that this version does not know."""
+    return name.endswith("_total")

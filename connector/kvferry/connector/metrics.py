@@ -1,12 +1,8 @@
-"""The one table of metrics: names, kinds, labels, help; and the counts that feed it.
+"""The one table of metrics: names, kinds, labels, help; and the exporter that shows them.
 
-Adding a metric is one line in the table. What happens is counted in a ``Counts`` (cheap, plain dicts);
-its ``take`` yields a *delta* of JSON-like data that crosses any process boundary, such as vLLM's
-connector-stats channel; an ``Exporter`` makes the Prometheus objects from the table and feeds them
-deltas. Standalone use is ``build_registry``; vLLM passes its own metric classes instead.
-
-A delta is ``{metric name: {label values joined by "|": value}}``; the value is a number to add (counter), a
-number to show (gauge) or a list of observations (histogram). Label values never contain ``|``.
+Adding a metric is one line in the table. What happens is counted in a ``Counts``, which yields deltas of plain
+data (``delta``); an ``Exporter`` makes the Prometheus objects from the table and feeds them deltas. Standalone
+use is ``build_registry``; vLLM passes its own metric classes instead.
 
 Threading: a ``Counts`` is owned by one thread. An ``Exporter`` may be fed from one thread while another
 serves its metrics.
@@ -19,10 +15,12 @@ from typing import Any
 
 import prometheus_client
 
+from kvferry.connector.delta import MAX_OBSERVATIONS, SEPARATOR, Counts, Delta, merge
 from kvferry.connector.latency import BATCH_BOUNDS_S
 from kvferry.connector.metric import Kind, Metric, Scope
 
 __all__ = [
+    "MAX_OBSERVATIONS",
     "METRICS",
     "Counts",
     "Delta",
@@ -35,12 +33,6 @@ __all__ = [
     "reference",
 ]
 
-Delta = dict[str, dict[str, float | list[float]]]
-"""What was counted since the last delta, as plain data."""
-
-MAX_OBSERVATIONS = 4096
-"""Observations one delta keeps per metric and label; more are left out of the histogram."""
-_SEPARATOR = "|"
 _STEP = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 5e-2)
 
 TIER = ("tier",)
@@ -222,6 +214,50 @@ ANSWER_SECONDS = Metric(
     scope=Scope.ENGINE,
 )
 
+HANDOFFS = Metric(
+    "kvferry_handoffs_total",
+    "Requests to be handed over. `given`: their pages are `held` for a decoding engine, or that is `declined`; "
+    "`taken`: pages of another engine were `read`, or that `failed`.",
+    "requests",
+    ("side", "outcome"),
+    scope=Scope.ENGINE,
+)
+HANDOFF_FAILURES = Metric(
+    "kvferry_handoff_failures_total",
+    "Requests that another engine had prefilled and whose pages could not be had, by reason.",
+    "requests",
+    REASON,
+    scope=Scope.ENGINE,
+)
+HANDOFF_BYTES = Metric(
+    "kvferry_handoff_bytes_total",
+    "Bytes read from other engines' pages and found good.",
+    "bytes",
+    scope=Scope.ENGINE,
+)
+HANDOFF_SECONDS = Metric(
+    "kvferry_handoff_seconds",
+    "Time a rank took to read a request's pages, from the first message to the last check.",
+    "seconds",
+    buckets=BATCH_BOUNDS_S,
+    scope=Scope.ENGINE,
+)
+HANDOFF_LEASES = Metric(
+    "kvferry_handoff_leases",
+    "Finished requests whose pages are held for a decoding engine.",
+    "requests",
+    scope=Scope.ENGINE,
+)
+HANDOFF_HELD_PAGES = Metric(
+    "kvferry_handoff_held_pages", "Pages that are held for decoding engines.", "pages", scope=Scope.ENGINE
+)
+HANDOFF_EXPIRED = Metric(
+    "kvferry_handoff_expired_total",
+    "Requests whose pages were freed because no decoding engine released them in time.",
+    "requests",
+    scope=Scope.ENGINE,
+)
+
 SERVED_LOOKUP_BLOCKS = Metric(
     "kvferry_server_lookup_blocks_total",
     "Blocks that lookups asked for; repeated lookups count again.",
@@ -335,57 +371,6 @@ METRICS: tuple[Metric, ...] = tuple(line for line in list(globals().values()) if
 _KINDS = {metric.name: metric.kind for metric in METRICS}
 
 
-class Counts:
-    """Counts what happens, cheaply, until somebody takes the delta."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self) -> None:
-        self._values: Delta = {}
-
-    def add(self, metric: Metric, amount: float, *labels: str) -> None:
-        """Add ``amount`` to a counter."""
-        series = self._values.setdefault(metric.name, {})
-        label = _SEPARATOR.join(labels)
-        series[label] = series.get(label, 0.0) + amount  # type: ignore[operator]
-
-    def show(self, metric: Metric, value: float, *labels: str) -> None:
-        """Set a gauge to ``value``."""
-        self._values.setdefault(metric.name, {})[_SEPARATOR.join(labels)] = value
-
-    def observe(self, metric: Metric, value: float, *labels: str) -> None:
-        """Add one observation to a histogram."""
-        series = self._values.setdefault(metric.name, {})
-        seen = series.setdefault(_SEPARATOR.join(labels), [])
-        if isinstance(seen, list) and len(seen) < MAX_OBSERVATIONS:
-            seen.append(value)
-
-    def take(self) -> Delta:
-        """Return what was counted since the last call and start again from nothing."""
-        delta, self._values = self._values, {}
-        return delta
-
-
-def merge(first: Delta, second: Delta) -> Delta:
-    """Return the delta of both periods: counters add up, the later gauge counts, observations join."""
-    merged: Delta = {name: dict(series) for name, series in first.items()}
-    for name, series in second.items():
-        into = merged.setdefault(name, {})
-        for label, value in series.items():
-            into[label] = _merged(_KINDS.get(name), into.get(label), value)
-    return merged
-
-
-def _merged(
-    kind: Kind | None, old: float | list[float] | None, new: float | list[float]
-) -> float | list[float]:
-    if isinstance(old, list) and isinstance(new, list):
-        return (old + new)[:MAX_OBSERVATIONS]
-    if kind is Kind.COUNTER and isinstance(old, int | float) and isinstance(new, int | float):
-        return old + new
-    return new
-
-
 class Exporter:
     """Prometheus objects for every metric of the table that an engine shows, fed with deltas.
 
@@ -419,7 +404,7 @@ class Exporter:
             if name not in self._objects:
                 continue
             for label, value in series.items():
-                own = label.split(_SEPARATOR) if label else []
+                own = label.split(SEPARATOR) if label else []
                 if len(own) == self._label_counts[name]:
                     self._feed_one(name, [*label_values, *own], value)
 

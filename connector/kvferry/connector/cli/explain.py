@@ -17,7 +17,7 @@ from kvferry.connector.explain import RequestRecord, explain_directory, read_rec
 from kvferry.connector.memory import format_bytes
 from kvferry.connector.settings import load_settings
 
-__all__ = ["explain", "story", "summary"]
+__all__ = ["HANDOFF_REASONS", "REASONS", "explain", "story", "summary"]
 
 REASONS = {
     "never_stored": "never stored",
@@ -31,6 +31,23 @@ REASONS = {
     "slower_than_recompute": "computing it was faster than loading it",
     "not_asked": "a shared tier did not say whether it has it",
 }
+"""Why a prefix ended, by ``service.MissReason``."""
+
+HANDOFF_REASONS = {
+    "params": "what the router passed on makes no sense",
+    "unreachable": "the other engine could not be reached",
+    "refused": "the two engines do not accept each other's token",
+    "incompatible": "the engines' models or pages do not fit together",
+    "gone": "the other engine does not hold the request any more",
+    "content": "the other engine holds another prompt",
+    "expired": "the other engine's promise to hold the pages had ended",
+    "timeout": "it took longer than peer.deadline_s",
+    "disconnected": "the other engine went away",
+    "transport": "there is no way to read its pages",
+    "checksum": "what was read was not what the other engine holds",
+    "aborted": "the request was given up meanwhile",
+}
+"""Why another engine's pages could not be had, by ``HandoffFailed.REASONS``."""
 
 
 @click.command()
@@ -86,13 +103,17 @@ def story(record: RequestRecord) -> Iterator[str]:
         yield f"  first missing block {record.missing_block}{_range(record)}: {_reason(record)}"
     elif record.matched_tokens:
         yield "  every full block of the prompt was found"
-    if record.failed:
+    if record.peer_failed:
+        yield f"  no handoff: {_handoff_reason(record)}; the prompt was computed here"
+    elif record.failed:
         yield "  a load failed; the engine recomputed what it did not get"
     if record.offered_tokens > record.loaded_tokens and not record.failed:
         yield f"  {record.offered_tokens - record.loaded_tokens:,} offered tokens were not taken"
     if record.bytes_loaded:
         times = f"waited {record.wait_ms:.1f} ms, copied {record.load_ms:.1f} ms"
         yield f"  loaded {format_bytes(record.bytes_loaded)}: {times}"
+    if record.peer_ms and not record.peer_failed:
+        yield f"  the other engine's pages took {record.peer_ms:.1f} ms"
     yield from _decision(record)
     yield f"  saved {record.saved_blocks} blocks, {format_bytes(record.bytes_saved)}"
 
@@ -117,8 +138,16 @@ def summary(records: Sequence[RequestRecord]) -> Iterator[str]:
         yield f"{regret:,.1f} ms lost to waits that took longer than computing"
     if reasons:
         yield "why prefixes ended:"
-        rows = [(f"{count}", reason) for reason, count in reasons.most_common()]
-        yield from table(rows, indent="  ", right=(0,))
+        yield from _counted(reasons)
+    handoffs = collections.Counter(_handoff_reason(record) for record in records if record.peer_failed)
+    if handoffs:
+        yield "why handoffs failed:"
+        yield from _counted(handoffs)
+
+
+def _counted(reasons: collections.Counter[str]) -> Iterator[str]:
+    rows = [(f"{count}", reason) for reason, count in reasons.most_common()]
+    yield from table(rows, indent="  ", right=(0,))
 
 
 def _tokens(record: RequestRecord) -> str:
@@ -150,6 +179,10 @@ def _range(record: RequestRecord) -> str:
 
 def _reason(record: RequestRecord) -> str:
     return REASONS.get(record.missing_reason, clean(record.missing_reason) or "unknown")
+
+
+def _handoff_reason(record: RequestRecord) -> str:
+    return HANDOFF_REASONS.get(record.peer_failed, clean(record.peer_failed))
 
 
 def _percent(part: int, whole: int) -> str:

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from kvferry.connector import metrics
 from kvferry.connector.explain import RequestRecord
-from kvferry.engines.jobs import WorkerReport
+from kvferry.engines.jobs import PeerCounts, WorkerReport
 
 __all__ = ["KVFerryPromMetrics", "KVFerryStats", "SchedulerStats"]
 
@@ -84,6 +84,11 @@ class SchedulerStats:
         """Count a finished request."""
         counts = self._counts
         counts.add(metrics.REQUESTS, 1, record.outcome)
+        if record.peer_failed:
+            counts.add(metrics.HANDOFFS, 1, "taken", "failed")
+            counts.add(metrics.HANDOFF_FAILURES, 1, record.peer_failed)
+        elif record.peer_ms:
+            counts.add(metrics.HANDOFFS, 1, "taken", "read")
         if record.passed:
             counts.add(metrics.PASSED, 1, record.passed)
             return
@@ -109,6 +114,37 @@ class SchedulerStats:
         """Count what the workers copied."""
         self._counts.add(metrics.GATHERED_BYTES, report.bytes_saved)
         self._counts.add(metrics.SCATTERED_BYTES, report.bytes_loaded)
+
+    def count_given(self, held: int = 0, declined: int = 0) -> None:
+        """Count requests that a router wants another engine to go on with.
+
+        Args:
+            held: Their pages are kept for it.
+            declined: They are not: too many are, or nothing of the request can be handed over.
+        """
+        for count, outcome in ((held, "held"), (declined, "declined")):
+            if count:
+                self._counts.add(metrics.HANDOFFS, count, "given", outcome)
+
+    def count_peer(self, peer: PeerCounts) -> None:
+        """Count what the workers read from other engines' pages.
+
+        Whether a request's handoff succeeded is counted with its record, once for all ranks.
+        """
+        if peer.bytes:
+            self._counts.add(metrics.HANDOFF_BYTES, peer.bytes)
+        for seconds in peer.seconds:
+            self._counts.observe(metrics.HANDOFF_SECONDS, seconds)
+
+    def show_leases(self, requests: int, pages: int) -> None:
+        """Show how many finished requests are held for other engines, and in how many pages."""
+        self._counts.show(metrics.HANDOFF_LEASES, requests)
+        self._counts.show(metrics.HANDOFF_HELD_PAGES, pages)
+
+    def count_expired(self, requests: int) -> None:
+        """Count requests whose pages were freed because no engine released them in time."""
+        if requests:
+            self._counts.add(metrics.HANDOFF_EXPIRED, requests)
 
     def take(self, hook_seconds: float) -> KVFerryStats | None:
         """Return the delta since the last call, at most once a second.
