@@ -255,3 +255,47 @@ def test_a_token_that_others_can_read_is_a_warning(tmp_path: Path) -> None:
     assert "others can read it" in found.text
     file.chmod(0o600)
     assert not about("token", findings(toml_path=str(file)))
+
+
+def with_peer(token: str = "", **peer: object) -> list[Finding]:
+    return about("handoff", findings({"peer": peer, "token": token}))
+
+
+def test_a_handoff_within_a_machine_needs_nothing() -> None:
+    assert levels(with_peer()) <= {"ok", "warn"}
+    assert not any("network" in finding.text for finding in with_peer())
+
+
+def test_a_side_channel_that_strangers_can_reach_needs_a_token() -> None:
+    (found,) = [one for one in with_peer(listen="tcp://10.0.0.7:7071") if one.level == "error"]
+    assert "no token" in found.text
+    assert "KVFERRY_TOKEN" in found.hint
+    with_token = with_peer("x" * 32, listen="tcp://10.0.0.7:7071")
+    assert "error" not in levels(with_token)
+    assert any(one.level == "warn" and "in clear" in one.text for one in with_token)
+
+
+@pytest.mark.parametrize(
+    ("peer", "text"),
+    [
+        ({"listen": "10.0.0.7"}, "peer.listen"),
+        ({"listen": "unix:///run/side.sock"}, "no tcp:// address"),
+        ({"listen": "tcp://0.0.0.0:7071"}, "can reach 0.0.0.0"),
+        ({"advertise": "gpu-7.internal"}, "this machine only"),
+        ({"transport": "carrier-pigeon"}, "no transport 'carrier-pigeon'"),
+        ({"allowed_hosts": ["10.0.0.0/99"]}, "'10.0.0.0/99' is no network"),
+    ],
+)
+def test_a_handoff_that_cannot_work_is_an_error(peer: dict[str, object], text: str) -> None:
+    errors = [one for one in with_peer("x" * 32, **peer) if one.level == "error"]
+    assert [text in one.text for one in errors] == [True]
+
+
+def test_a_listener_on_every_address_is_fine_once_it_has_a_name() -> None:
+    found = with_peer("x" * 32, listen="tcp://0.0.0.0:7071", advertise="gpu-7.internal")
+    assert "error" not in levels(found)
+
+
+def test_handoffs_that_are_off_are_one_line() -> None:
+    (found,) = with_peer(enabled=False, listen="nonsense")
+    assert (found.level, "peer.enabled is false" in found.text) == ("ok", True)

@@ -77,6 +77,33 @@ def test_variables_carry_every_type() -> None:
     assert config.tiers == ({"type": "disk", "path": "/kv"},)
 
 
+def test_handoffs_are_configured_like_everything_else(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, '[peer]\nlisten = "tcp://10.0.0.7:7071"\nlease_s = 5\n')
+    environ = {"KVFERRY_PEER__ALLOWED_HOSTS": "10.0.0.0/8, gpu-7", "KVFERRY_PEER__LEASE_S": "9"}
+    settings = load_settings({"peer": {"transport": "socket"}}, path, environ)
+    peer = settings.config.peer
+    assert (peer.transport, peer.listen, peer.lease_s) == ("socket", "tcp://10.0.0.7:7071", 5)
+    assert peer.allowed_hosts == ("10.0.0.0/8", "gpu-7")
+    shown = {line.path: (line.value, line.origin) for line in effective(settings)}
+    assert shown["peer.lease_s"] == ("5.0", path)
+    assert shown["peer.transport"] == ('"socket"', "kv_connector_extra_config")
+    assert shown["peer.allowed_hosts"][1] == "KVFERRY_PEER__ALLOWED_HOSTS"
+
+
+@pytest.mark.parametrize(
+    ("peer", "path"),
+    [
+        ({"leases_s": 5}, "peer.leases_s"),
+        ({"lease_s": 0}, "peer.lease_s"),
+        ({"held_share": 1.5}, "peer.held_share"),
+    ],
+)
+def test_a_mistake_in_the_handoffs_options_is_named(peer: dict[str, object], path: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        load_settings({"peer": peer})
+    assert failure.value.path == path
+
+
 def test_variables_that_kubernetes_sets_beside_a_service_are_ignored() -> None:
     environ = {
         "KVFERRY_SERVICE_HOST": "10.0.0.1",

@@ -7,6 +7,7 @@ Plugins add findings of their own, and look at the tiers of their types.
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import os
 import platform
 import stat
@@ -18,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from kvferry.connector import offers
-from kvferry.connector.address import parse_address
+from kvferry.connector.address import is_loopback, parse_address
 from kvferry.connector.choosing import with_remote_tier
 from kvferry.connector.codec import NONE
 from kvferry.connector.config import Config, ExplainConfig, HostConfig, TierConfig
@@ -73,6 +74,7 @@ def examine(settings: Settings, registry: PluginRegistry, environ: Mapping[str, 
         yield from _memory(config.host)
         yield from _eviction(config.host, registry)
         yield from _tiers(config, registry)
+    yield from _handoff(config, registry)
     yield from _records(config.explain, environ)
     yield from _uncached(config)
     yield from _secret_files(settings)
@@ -248,6 +250,67 @@ def _server(config: Config) -> Finding:
     return Finding(
         "ok", topic, f"{config.service} answers and lets this user in; it owns the memory and the tiers"
     )
+
+
+def _handoff(config: Config, registry: PluginRegistry) -> Iterator[Finding]:
+    """Look at what another engine needs to take pages from this one, and this one from another."""
+    topic, peer = "handoff", config.peer
+    if peer.enabled is False:
+        yield Finding("ok", topic, "off: peer.enabled is false, so requests that ask for it are computed")
+        return
+    if peer.enabled is None:
+        what = "only in engines whose kv_role is kv_producer or kv_consumer"
+        yield Finding("ok", topic, what, "for one that is kv_both, set peer.enabled to true")
+    yield from _side_channel(config)
+    known = sorted(registry.transports())
+    if peer.transport not in (offers.AUTO, *known):
+        hint = f"known: {', '.join([offers.AUTO, *known])}"
+        yield Finding("error", topic, f"there is no transport {peer.transport!r}", hint)
+    elif not known:
+        yield Finding("warn", topic, "no plugin offers a transport", "see `kvferry plugins`")
+    else:
+        used = peer.transport if peer.transport != offers.AUTO else f"the best of {', '.join(known)}"
+        text = f"pages are read through {used}; held {peer.lease_s:g} s for an engine that says nothing"
+        yield Finding("ok", topic, text)
+    for host in peer.allowed_hosts:
+        if "/" in host and not _is_network(host):
+            yield Finding("error", topic, f"peer.allowed_hosts: {host!r} is no network", "write 10.0.0.0/8")
+
+
+def _side_channel(config: Config) -> Iterator[Finding]:
+    """Look at where decoding engines find this one."""
+    topic, peer = "handoff", config.peer
+    try:
+        address = parse_address(peer.listen, "peer.listen")
+    except ConfigError as error:
+        yield Finding("error", topic, str(error))
+        return
+    if address.scheme != "tcp":
+        what = f"peer.listen: {peer.listen} is no tcp:// address"
+        yield Finding("error", topic, what, "write tcp://host:port; port 0 takes a free one")
+    elif not address.is_loopback and not config.token:
+        what = f"peer.listen: {peer.listen} can be reached by strangers, and there is no token"
+        yield Finding("error", topic, what, "set KVFERRY_TOKEN to the same value for all engines")
+    elif not address.is_loopback:
+        what = (
+            f"prompts' KV crosses the network of {peer.listen} in clear, and RDMA reads are not authenticated"
+        )
+        yield Finding("warn", topic, what, "use a network that is yours alone")
+    reached = peer.advertise or address.host
+    if reached in ("0.0.0.0", "::"):
+        what = f"peer.listen: no decoding engine can reach {reached}"
+        yield Finding("error", topic, what, "set peer.advertise to this machine's name or address")
+    elif peer.advertise and address.is_loopback and not is_loopback(peer.advertise):
+        what = f"peer.advertise says {peer.advertise}, but {peer.listen} is for this machine only"
+        yield Finding("error", topic, what, "let peer.listen name an address that others can reach")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _plugins(registry: PluginRegistry) -> Iterator[Finding]:
