@@ -106,7 +106,7 @@ class Channel:
         Raises:
             WireError: What came is none.
         """
-        return wire.decode_request(self._body(deadline))
+        return wire.decode_request(self.receive_body(deadline))
 
     def receive_reply(self, deadline: float) -> wire.Reply:
         """Return the server's next message.
@@ -114,7 +114,16 @@ class Channel:
         Raises:
             WireError: What came is none.
         """
-        return wire.decode_reply(self._body(deadline))
+        return wire.decode_reply(self.receive_body(deadline))
+
+    def receive_body(self, deadline: float) -> bytes:
+        """Return the body of the next message, of whatever protocol.
+
+        Raises:
+            WireError: The length before it is out of bounds.
+        """
+        length = wire.message_length(self.receive(wire.LENGTH.size, deadline))
+        return self.receive(length, deadline)
 
     def close(self) -> None:
         """Close the connection at once. Idempotent."""
@@ -129,10 +138,6 @@ class Channel:
         """
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-    def _body(self, deadline: float) -> bytes:
-        length = wire.message_length(self.receive(wire.LENGTH.size, deadline))
-        return self.receive(length, deadline)
 
     def _wait_at_most(self, deadline: float) -> None:
         left = deadline - time.monotonic()

@@ -21,7 +21,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from kvferry.connector import wire
 from kvferry.connector.address import Address
@@ -34,7 +34,7 @@ from kvferry.connector.server.binding import Bound, bind
 from kvferry.connector.server.config import ServerConfig
 from kvferry.connector.tls import server_context
 
-__all__ = ["Client", "Listener"]
+__all__ = ["Client", "Listener", "read_hello"]
 
 HANDSHAKE_S = 5.0
 """From the connection to the first message."""
@@ -47,14 +47,17 @@ _Subject = tuple[tuple[tuple[str, str], ...], ...]
 """As ``ssl`` gives it."""
 _CERTIFICATE_REASONS = ("CERTIFICATE", "UNKNOWN_CA")
 
+_H = TypeVar("_H")
 
-class Client(NamedTuple):
+
+class Client(NamedTuple, Generic[_H]):
     """A connection whose other end is known."""
 
     channel: Channel
     """Belongs to whoever is given the client; to be closed before ``release``."""
     tenant: str
-    hello: wire.Hello
+    hello: _H
+    """Its first message."""
     peer: Peer
     address: Address
     """Where it came in."""
@@ -69,7 +72,24 @@ class _Stranger(NamedTuple):
     address: Address
 
 
-class Listener:
+def read_hello(channel: Channel, deadline: float) -> wire.Hello:
+    """Return the first message of a cache server's client.
+
+    Raises:
+        WireError: It sent another; it has been told so.
+        TimeoutError, OSError: As of the channel.
+    """
+    try:
+        hello = channel.receive_request(deadline)
+        if not isinstance(hello, wire.Hello):
+            raise WireError(f"a client began with {type(hello).__name__} instead of Hello")
+    except WireError as error:
+        channel.send(wire.Refused.because("protocol", str(error), is_mistake=True), deadline)
+        raise
+    return hello
+
+
+class Listener(Generic[_H]):
     """Lets clients in.
 
     Args:
@@ -79,6 +99,7 @@ class Listener:
         on_refused: Counts somebody who was not let in: ``credential``, ``protocol``, ``timeout`` or ``full``. Called
             on any thread.
         logger: Where it reports.
+        read_first: Reads the first message, once the client is known to be one; may refuse it with ``WireError``.
 
     Raises:
         ConfigError: The server's certificate or key cannot be used.
@@ -88,14 +109,16 @@ class Listener:
         self,
         config: ServerConfig,
         access: Access,
-        on_client: Callable[[Client], None],
+        on_client: Callable[[Client[_H]], None],
         on_refused: Callable[[str], None],
         logger: logging.Logger,
+        read_first: Callable[[Channel, float], _H] = read_hello,  # type: ignore[assignment]  # then _H is wire.Hello
     ) -> None:
         self._access = access
         self._on_client = on_client
         self._on_refused = on_refused
         self._logger = logger
+        self._read_first = read_first
         self._max_connections = config.max_connections
         has_tls = any(address.scheme == "tls" for address in access.addresses)
         self._context = (
@@ -239,7 +262,9 @@ class Listener:
         if client is not None:
             self._hand_over(client)
 
-    def _introduce(self, address: Address, sock: socket.socket, source: object, release: _Release) -> Client:
+    def _introduce(
+        self, address: Address, sock: socket.socket, source: object, release: _Release
+    ) -> Client[_H]:
         deadline = time.monotonic() + HANDSHAKE_S
         common_name = None
         if address.scheme == "tls":
@@ -261,15 +286,7 @@ class Listener:
             return True
 
         tenant = server_handshake(channel, self._access, peer, deadline, has_room)
-        try:
-            hello = channel.receive_request(deadline)
-            if not isinstance(hello, wire.Hello):
-                raise WireError(f"a client began with {type(hello).__name__} instead of Hello")
-        except WireError as error:
-            refusal = wire.Refused.because("protocol", str(error), is_mistake=True)
-            channel.send(refusal, deadline)
-            raise
-        return Client(channel, tenant, hello, peer, address, release)
+        return Client(channel, tenant, self._read_first(channel, deadline), peer, address, release)
 
     def _replace(self, sock: socket.socket) -> None:
         """Another object has taken over the stranger's socket; it is what ``close`` has to end from now on."""
@@ -279,7 +296,7 @@ class Listener:
         if self._is_closing.is_set():
             raise OSError("the server is about to stop")
 
-    def _hand_over(self, client: Client) -> None:
+    def _hand_over(self, client: Client[_H]) -> None:
         try:
             self._on_client(client)
         except Exception:  # boundary: one client must not end the server

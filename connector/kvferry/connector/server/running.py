@@ -213,7 +213,7 @@ class CacheServer:
         with self._lock:
             self._refused[reason] += 1
 
-    def _welcome(self, client: Client) -> None:
+    def _welcome(self, client: Client[wire.Hello]) -> None:
         """Give an authenticated client its pool. Runs, and with streaming clients stays, on a thread of its own."""
         hello, channel = client.hello, client.channel
         try:
@@ -245,7 +245,7 @@ class CacheServer:
             channel.close()
             self._gone(client, pool)
 
-    def _map(self, client: Client, pool: Pool, status: ConnectionStatus) -> None:
+    def _map(self, client: Client[wire.Hello], pool: Pool, status: ConnectionStatus) -> None:
         arena = pool.service.arena
         shape = wire.ArenaShape(
             arena_id=arena.arena_id,
@@ -279,7 +279,7 @@ class CacheServer:
         )
         self._index.post(lambda: self._index.connect(connection))
 
-    def _stream(self, client: Client, pool: Pool, status: ConnectionStatus) -> None:
+    def _stream(self, client: Client[wire.Hello], pool: Pool, status: ConnectionStatus) -> None:
         client.channel.send(self._greeting(pool, None), time.monotonic() + _SEND_S)
         number = next(self._numbers)
         seal = FrameSeal(
@@ -294,7 +294,7 @@ class CacheServer:
             target=self._run_stream, args=(stream, client, pool), name=f"kvferry-stream-{number}", daemon=True
         ).start()
 
-    def _run_stream(self, stream: Stream, client: Client, pool: Pool) -> None:
+    def _run_stream(self, stream: Stream, client: Client[wire.Hello], pool: Pool) -> None:
         try:
             stream.run()
         except Exception:  # boundary: one client's request must not end the server
@@ -308,7 +308,7 @@ class CacheServer:
     def _greeting(self, pool: Pool, shape: wire.ArenaShape | None) -> wire.Welcome:
         return wire.Welcome(server_id=self._id, version=__version__, arena=shape, tiers=list(pool.tiers))
 
-    def _refuse(self, client: Client, error: PoolRefused) -> None:
+    def _refuse(self, client: Client[wire.Hello], error: PoolRefused) -> None:
         self._count_refused(error.code)
         about = {
             "tenant": client.tenant,
@@ -324,7 +324,7 @@ class CacheServer:
         client.channel.close()
         client.release()
 
-    def _gone(self, client: Client, pool: Pool) -> None:
+    def _gone(self, client: Client[wire.Hello], pool: Pool) -> None:
         self._pools.release(pool)
         client.release()
 
