@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -192,31 +193,56 @@ def read_until(terminal: int, wanted: bytes) -> None:
             seen += os.read(terminal, 65536)
 
 
+@contextlib.contextmanager
+def live(url: str, first: str = "") -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run it in a terminal, after the statements ``first``; yield the process and our end of the terminal."""
+    mine, theirs = pty.openpty()
+    # What a shell runs in the background ignores Ctrl-C, these tests perhaps, and what they start would, too.
+    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    main += f"{first}\nfrom kvferry.connector.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", main, "top", "--interval", "0.2", "--url", url],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        yield child, mine
+    finally:
+        child.kill()
+        child.wait(DEADLINE_S)
+        os.close(mine)
+
+
 @pytest.mark.parametrize("how", ["q", "ctrl-c"])
 def test_live_it_draws_until_it_is_told_to_quit(how: str) -> None:
     steps = iter(range(10, 10_000))
-    with serving(lambda: status(next(steps))) as server:
-        mine, theirs = pty.openpty()
-        command = [
-            sys.executable,
-            "-c",
-            "from kvferry.connector.cli import main; main()",
-            "top",
-            "--interval",
-            "0.2",
-        ]
-        child = subprocess.Popen(
-            [*command, "--url", f"http://127.0.0.1:{server.port}"],
-            stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"},
-        )  # fmt: skip
-        try:
-            os.close(theirs)
-            read_until(mine, b"kvferry")
-            read_until(mine, b"kvferry")  # it draws again
-            os.write(mine, b"q") if how == "q" else child.send_signal(signal.SIGINT)
-            read_until(mine, b"\x1b[?1049l")  # back to the screen as it was
-            assert child.wait(DEADLINE_S) == 0
-        finally:
-            child.kill()
-            child.wait(DEADLINE_S)
-            os.close(mine)
+    with (
+        serving(lambda: status(next(steps))) as server,
+        live(f"http://127.0.0.1:{server.port}") as (child, terminal),
+    ):
+        read_until(terminal, b"kvferry")
+        read_until(terminal, b"kvferry")  # it draws again
+        os.write(terminal, b"q") if how == "q" else child.send_signal(signal.SIGINT)
+        read_until(terminal, b"\x1b[?1049l")  # back to the screen as it was
+        assert child.wait(DEADLINE_S) == 0
+
+
+INTERRUPT_EVERY_DRAWING = """
+import os
+from rich.console import Console
+
+def interrupted(console, draw=Console._exit_buffer):
+    os.kill(os.getpid(), signal.SIGINT)
+    draw(console)
+
+Console._exit_buffer = interrupted
+"""
+
+
+def test_ctrl_c_in_the_middle_of_a_drawing_gives_the_screen_back() -> None:
+    with (
+        serving(lambda: status(10)) as server,
+        live(f"http://127.0.0.1:{server.port}", INTERRUPT_EVERY_DRAWING) as (child, terminal),
+    ):
+        read_until(terminal, b"\x1b[?1049l")
+        assert child.wait(DEADLINE_S) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import signal
 import sys
 import time
 import urllib.error
@@ -24,6 +25,8 @@ from kvferry.connector.server.status import ConnectionStatus, PoolStatus, Server
 from kvferry.connector.service import HOST
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import RenderableType
     from rich.table import Table
 
@@ -87,16 +90,21 @@ def top(url: str, once: bool, interval: float) -> None:
     if once:
         console.print(frame(document, console.width))
         return
+    ctrl_c = _CtrlC()
     with (
         contextlib.suppress(KeyboardInterrupt),
         _single_keys(),
+        ctrl_c.put_off(),
         Live(frame(document, console.width), console=console, screen=True, auto_refresh=False) as live,
     ):
-        while not _is_quit_pressed(interval):
-            try:
-                document, problem = fetch(url), ""
-            except KVFerryError as error:
-                problem = str(error)
+        while True:
+            with ctrl_c.interrupting():
+                if _is_quit_pressed(interval):
+                    return
+                try:
+                    document, problem = fetch(url), ""
+                except KVFerryError as error:
+                    problem = str(error)
             live.update(frame(document, console.width, problem), refresh=True)
 
 
@@ -333,6 +341,46 @@ def _single_keys() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+class _CtrlC:
+    """Ctrl-C, put off but for where it may interrupt.
+
+    In the middle of a drawing it would keep rich from leaving the screen, in a finalizer it would be lost.
+    """
+
+    def __init__(self) -> None:
+        self._was_pressed = False
+        self._may_interrupt = False
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Take Ctrl-C over, unless it is ignored, as in what a shell runs in the background."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.SIG_IGN:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._press)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let Ctrl-C interrupt what runs in here, also if it was pressed before."""
+        try:
+            self._may_interrupt = True
+            if self._was_pressed:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _press(self, number: int, where: FrameType | None) -> None:
+        self._was_pressed = True
+        if self._may_interrupt:
+            raise KeyboardInterrupt
 
 
 def _is_quit_pressed(wait_s: float) -> bool:
