@@ -216,8 +216,8 @@ ANSWER_SECONDS = Metric(
 
 HANDOFFS = Metric(
     "kvferry_handoffs_total",
-    "Requests to be handed over. `given`: their pages are `held` for a decoding engine, or that is `declined`; "
-    "`taken`: pages of another engine were `read`, or that `failed`.",
+    "Requests to be handed over. Side `given`: `ok`, the pages are held, or `declined`; side `taken`: `ok`, the pages "
+    "were read, or `failed`.",
     "requests",
     ("side", "outcome"),
     scope=Scope.ENGINE,

@@ -27,6 +27,10 @@ _NOT_CACHED = (
         "only full blocks have keys; lower block_tokens to lose less",
     ),
 )
+_ROLES = (
+    "kv_producer prefills for others and hands its pages over, kv_consumer takes them and saves nothing, kv_both "
+    "does both"
+)
 
 
 def findings() -> Sequence[Finding]:
@@ -55,6 +59,12 @@ def findings() -> Sequence[Finding]:
     tested = "" if version.startswith(_TESTED) else f" (kvferry is tested with {_TESTED})"
     return [
         Finding(level="ok", topic="vllm", text=f"{name} {version}{tested}"),
+        Finding(
+            level="ok",
+            topic="handoff",
+            text=f"by kv_role: {_ROLES}",
+            hint="a router has to send kv_transfer_params; without them engines share by content only",
+        ),
         *(Finding(level="ok", topic="not cached", text=f"{what}: {how}") for what, how in _NOT_CACHED),
     ]
 

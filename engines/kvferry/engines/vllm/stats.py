@@ -88,7 +88,7 @@ class SchedulerStats:
             counts.add(metrics.HANDOFFS, 1, "taken", "failed")
             counts.add(metrics.HANDOFF_FAILURES, 1, record.peer_failed)
         elif record.peer_ms:
-            counts.add(metrics.HANDOFFS, 1, "taken", "read")
+            counts.add(metrics.HANDOFFS, 1, "taken", "ok")
         if record.passed:
             counts.add(metrics.PASSED, 1, record.passed)
             return
@@ -122,7 +122,7 @@ class SchedulerStats:
             held: Their pages are kept for it.
             declined: They are not: too many are, or nothing of the request can be handed over.
         """
-        for count, outcome in ((held, "held"), (declined, "declined")):
+        for count, outcome in ((held, "ok"), (declined, "declined")):
             if count:
                 self._counts.add(metrics.HANDOFFS, count, "given", outcome)
 
