@@ -26,6 +26,7 @@ __all__ = [
     "MAX_DIGEST_BYTES",
     "MAX_LEASES",
     "MAX_RANKS",
+    "MAX_TEXT",
     "Check",
     "Checked",
     "Claim",
@@ -63,7 +64,7 @@ RefusalReason = Literal["refused", "incompatible", "gone", "content", "expired",
 """``protocol``: the request was none. The others are reasons of ``HandoffFailed``."""
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Seq = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=_MAX_COUNT)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]

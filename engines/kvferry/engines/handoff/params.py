@@ -24,8 +24,8 @@ MAX_NAME = 256
 """Characters of an engine's or a request's name."""
 MAX_TOKENS = 1 << 28
 _MAX_HOST = 255
-_MAX_PAGES = 1 << 18
-"""As many as fit into one message of the side channel."""
+_MAX_PAGES = 1 << 17
+"""As many as one message of the side channel may name."""
 _MAX_PAGE_ID = 1 << 31
 _MAX_TP = 1024
 

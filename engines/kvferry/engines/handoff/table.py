@@ -176,17 +176,26 @@ class HandoffTable:
             if lease is not None:
                 lease.digests[rank] = digests
 
-    def digests(self, seq: int, rank: int) -> bytes | None:
-        """Return what a rank digested; None while it is not there yet.
+    def digests(self, seq: int, rank: int, first: int, count: int) -> bytes | None:
+        """Return what a rank digested of ``count`` pages from the lease's page ``first`` on.
+
+        None while it is not there yet; empty where the rank digests nothing.
 
         Raises:
-            LeaseError: The lease is over.
+            LeaseError: The lease is over, or has no such pages.
         """
         with self._lock:
             lease = self._by_seq.get(seq)
             if lease is None:
                 raise LeaseError(f"lease {seq} is over")
-            return lease.digests.get(rank)
+            num_pages = len(lease.handed.pages)
+            if first + count > num_pages:
+                raise LeaseError(f"lease {seq} has {num_pages} pages, not {first + count}")
+            digests = lease.digests.get(rank)
+            if digests is None:
+                return None
+            width = len(digests) // num_pages
+            return digests[first * width : (first + count) * width]
 
     def take_ended(self, now: float) -> list[str]:
         """Return the requests whose lease has ended since the last call: these may be freed, and no others."""
