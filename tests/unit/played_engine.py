@@ -21,7 +21,8 @@ from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import CacheService
 from kvferry.connector.staging import HostStaging
 from kvferry.engines.jobs import StepJobs, WorkerReport
-from kvferry.engines.session import EngineSessions, RequestInfo
+from kvferry.engines.request import RequestInfo
+from kvferry.engines.session import EngineSessions
 from kvferry.engines.stager import Stager, StagerResults
 
 PAGE_TOKENS = 4

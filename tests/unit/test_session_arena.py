@@ -12,7 +12,8 @@ from kvferry.connector.config import Config
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.service import Coming, Lease, Match, MissReason, Place, Reservation, ServiceEvent
 from kvferry.engines.jobs import WorkerReport
-from kvferry.engines.session import EngineSessions, RequestInfo
+from kvferry.engines.request import RequestInfo
+from kvferry.engines.session import EngineSessions
 
 BLOCK = LAYOUT.block_tokens
 TOKENS = list(range(4 * BLOCK))

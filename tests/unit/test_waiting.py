@@ -17,7 +17,8 @@ from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.service import Coming, Lease, Match, MissReason, Place
 from kvferry.engines.prefill import MIN_STEPS
-from kvferry.engines.session import EngineSessions, RequestInfo
+from kvferry.engines.request import RequestInfo
+from kvferry.engines.session import EngineSessions
 from kvferry.engines.waiting import HOPE_FACTOR, MIN_WAIT_S, WAIT_FACTOR, Waiting, wait_limit
 
 BLOCK = LAYOUT.block_tokens

@@ -76,8 +76,9 @@ class ExplainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Handoff of KV pages between engines: prefill on one, decode on another."""
 
-    enabled: bool = True
-    """False neither hands pages over nor takes them; requests are computed as if nobody had asked for it."""
+    enabled: bool | None = None
+    """Whether pages are handed over and taken, as the engine's role allows. When not given: only where the engine
+    has one role (``kv_producer`` or ``kv_consumer``). Otherwise requests are computed as if nobody had asked for it."""
     listen: str = "tcp://127.0.0.1:0"
     """Where the side channel of an engine that prefills listens; port 0 takes a free one. Beyond this machine a
     ``token`` is needed."""

@@ -133,12 +133,12 @@ class RemotePages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def check(self, own: PageMemory) -> None:
         """Raise LayoutError unless these pages hold what this rank's pages can take."""
-        self.layout.check(own.block, self.shard)
         if self.layout.page_tokens != own.layout.page_tokens:
             raise LayoutError(
                 f"the peer's pages hold {self.layout.page_tokens} tokens, these {own.layout.page_tokens}; "
                 "give both engines the same block size"
             )
+        self.layout.check(own.block, self.shard)
         first, end = self.shard.first_head, self.shard.first_head + self.shard.num_heads
         if first < 0 or not first < end <= own.block.num_kv_heads:
             raise LayoutError(

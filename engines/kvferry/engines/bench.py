@@ -18,7 +18,8 @@ from kvferry.connector.embedded import EmbeddedService
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.registry import PluginRegistry
 from kvferry.engines.jobs import WorkerReport
-from kvferry.engines.session import EngineSessions, RequestInfo
+from kvferry.engines.request import RequestInfo
+from kvferry.engines.session import EngineSessions
 
 __all__ = ["SCHEDULER"]
 

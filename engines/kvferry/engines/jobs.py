@@ -56,6 +56,8 @@ class PeerRead(NamedTuple):
     """What this engine calls itself and the request towards the other."""
     num_tokens: int
     """Tokens of the request's prompt that the pages must stand for, counted from its first."""
+    fingerprint: bytes
+    """Of the model; the other engine's must be the same."""
     content: bytes
     """Digest of everything that determines their KV (``keys.content_digest``)."""
     first_page: int
@@ -115,21 +117,18 @@ class StepJobs:
 class PeerCounts:
     """What a rank read from peers since the last report."""
 
-    reads: int = 0
-    """Handoffs that were read and found good."""
     bytes: int = 0
-    seconds: float = 0.0
-    """From the first byte to the last check, of the good ones."""
-    failures: dict[str, int] = field(default_factory=dict)
-    """``HandoffFailed`` reason -> how often."""
+    """Of the reads that were found good."""
+    seconds: list[float] = field(default_factory=list)
+    """How long each of them took, from the first message to the last check."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Request -> why its handoff failed, as ``HandoffFailed.reason``."""
 
     def merge(self, other: PeerCounts) -> None:
         """Add another rank's counts."""
-        self.reads = max(self.reads, other.reads)
         self.bytes += other.bytes
-        self.seconds = max(self.seconds, other.seconds)
-        for reason, count in other.failures.items():
-            self.failures[reason] = max(self.failures.get(reason, 0), count)
+        self.seconds += other.seconds
+        self.failed = {**other.failed, **self.failed}
 
 
 @dataclass

@@ -10,6 +10,8 @@ Rules that keep wrong bytes out
     committed only when every rank reported it and none reported a failure.
   * Copies are planned for one arena; if the service has another one when the step is handed out, they fail.
   * Pages that are reused while a save still reads them are fenced in the same step.
+  * Pages of a peer are asked for by a digest of everything that determines them, and come back to be recomputed if
+    anything is wrong with them.
 
 Threading: owned by the engine's scheduler thread; nothing here blocks.
 """
@@ -19,69 +21,45 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 
 from kvferry.connector.config import Config
 from kvferry.connector.explain import RequestRecord
-from kvferry.connector.keys import BlockKey, Extra, KeyChain, Scope, epoch_fingerprint, root_key
-from kvferry.connector.service import HOST, CacheService, Coming, Lease, Match, MissReason, Reservation
-from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
+from kvferry.connector.keys import BlockKey, KeyChain, content_digest, epoch_fingerprint, root_key
+from kvferry.connector.service import HOST, CacheService, Lease, Match, MissReason, Reservation
+from kvferry.engines.jobs import (
+    BlockCopy,
+    LoadJob,
+    PeerRead,
+    PeerSource,
+    SaveJob,
+    StepJobs,
+    WorkerReport,
+)
 from kvferry.engines.prefill import PrefillRate
+from kvferry.engines.request import RequestInfo, RequestState
 from kvferry.engines.saves import OpenSaves, Save
-from kvferry.engines.waiting import Waiting
 
-__all__ = ["EngineSessions", "RequestInfo"]
+__all__ = ["EngineSessions", "Peers"]
 
 _MOST_RESERVED = 4096
 """Blocks that slots are asked for at once."""
 _CLEARED = "the cache was cleared while the request ran"
 
 
-class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be known about a request before it can be keyed."""
+class Peers(Protocol):
+    """Where other engines hold pages for requests of this one; ``handoff.handoffs.Handoffs`` is one."""
 
-    id: str
-    prompt_tokens: int
-    scope: Scope = Scope()
-    extras: Mapping[int, Sequence[Extra]] = {}
-    """Non-token inputs by block index."""
-    uncacheable: str = ""
-    """Why this request is passed through uncached; empty when it is cached."""
+    def source(self, request_id: str) -> PeerSource | None:
+        """Return where a request's pages can be had; None where nowhere, or no longer."""
 
+    def reader(self, request_id: str) -> str:
+        """Return what this engine calls itself and the request towards the other."""
 
-class _Session:
-    """State of one live request."""
-
-    __slots__ = (
-        "asked_blocks",
-        "chain",
-        "info",
-        "is_decided",
-        "pending_saves",
-        "record",
-        "saved_blocks",
-        "sources",
-        "waiting",
-    )
-
-    def __init__(self, info: RequestInfo, chain: KeyChain, record: RequestRecord) -> None:
-        self.info = info
-        self.chain = chain
-        self.record = record
-        self.sources: dict[int, str] = {}
-        """Block index -> tier it was brought from for this request."""
-        self.waiting = Waiting()
-        self.is_decided = False
-        """Whether it was decided before what to load and what to compute."""
-        self.saved_blocks = 0
-        self.asked_blocks = 0
-        """Up to where slots were asked for; if that is not answered yet, more than ``saved_blocks``."""
-        self.pending_saves: set[int] = set()
-
-    def note(self, **changes: object) -> None:
-        """Update the request's record."""
-        self.record = msgspec.structs.replace(self.record, **changes)
+    def over(self, request_id: str) -> None:
+        """Say that nothing is wanted any more for a request. Idempotent; unknown ids are ignored."""
 
 
 class _Load(msgspec.Struct):
@@ -90,6 +68,7 @@ class _Load(msgspec.Struct):
     lease: Lease
     keys: tuple[BlockKey, ...]
     started: float
+    peer: PeerRead | None
 
 
 class EngineSessions:
@@ -103,6 +82,7 @@ class EngineSessions:
         world_size: Ranks that report every save.
         on_record: Called with the record of each finished request.
         clock: Monotonic seconds.
+        peers: Where other engines hold pages for these requests; None when none is ever asked.
     """
 
     def __init__(
@@ -114,19 +94,21 @@ class EngineSessions:
         world_size: int,
         on_record: Callable[[RequestRecord], None],
         clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
     ) -> None:
         self._service = service
         self._config = config
-        self._fingerprint = fingerprint
+        self._fingerprint = self._model_fingerprint = fingerprint
         self._block_tokens = service.layout.block_tokens
         self._page_tokens = page_tokens
         self._pages_per_block = self._block_tokens // page_tokens
         self._on_record = on_record
+        self._peers = peers
         self._clock = clock
         self.prefill = PrefillRate()
         """How fast the engine computes; the adapter tells it each step."""
         self._always_asked = _always_asked(config)
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, RequestState] = {}
         self._loads: dict[str, _Load] = {}
         self._saves = OpenSaves(world_size)
         self._jobs = StepJobs()
@@ -153,7 +135,7 @@ class EngineSessions:
             prompt_tokens=info.prompt_tokens,
             passed=info.uncacheable or self._disabled,
         )
-        self._sessions[info.id] = _Session(info, chain, record)
+        self._sessions[info.id] = RequestState(info, chain, record)
 
     def offer(self, request_id: str, tokens: Sequence[int], local_tokens: int) -> int | None:
         """Tell how many tokens beyond ``local_tokens`` can be loaded, while the request has no pages yet.
@@ -170,17 +152,21 @@ class EngineSessions:
         if self._disabled or session.info.uncacheable or request_id in self._loads:
             return 0
         session.saved_blocks = session.asked_blocks = 0  # the pages it is given next are new ones
+        if self._peers is not None and (source := self._peers.source(request_id)) is not None:
+            offered = self._offer_from_peer(session, source, tokens, local_tokens)
+            if offered:
+                return offered
         first = local_tokens // self._block_tokens
         wanted = session.chain.extend(tokens, session.info.extras)[first:]
         match = self._service.lookup(wanted)
         missing = match.missing
         if match.ready < match.reachable or match.missing is MissReason.NOT_ASKED:
-            self._note_sources(session, match, first)
+            session.note_sources(match, first)
             why = self._await(session, match, first, wanted)
             if why is None:
                 return None
             missing = why
-        self._note_match(session, match, first, local_tokens, missing)
+        session.note_match(match, first, local_tokens, missing, self._clock())
         offered = (first + match.ready) * self._block_tokens - local_tokens
         return max(0, min(offered, len(tokens) - local_tokens))
 
@@ -195,12 +181,13 @@ class EngineSessions:
                 reported this request's load.
         """
         copies: tuple[BlockCopy, ...] = ()
+        peer: PeerRead | None = None
         try:
             self._sessions[request_id].waiting.end()
-            copies = self._plan_load(request_id, pages, local_tokens, offered_tokens)
+            copies, peer = self._plan_load(request_id, pages, local_tokens, offered_tokens)
         finally:
             # The engine waits for this request's load from now on, so it is reported in any case.
-            self._plan().loads.append(LoadJob(request_id, copies))
+            self._plan().loads.append(LoadJob(request_id, copies, peer))
 
     def load_finished(self, request_id: str, ok: bool) -> None:
         """Every rank has reported the load of ``request_id``; unknown ids are ignored."""
@@ -209,14 +196,17 @@ class EngineSessions:
             return
         self._service.release(load.lease)
         self._service.release_owner(request_id)
-        if not ok:
+        self._peer_is_over(request_id)
+        if not ok and load.peer is None:
             self._service.report_load_failed(load.keys)
         session = self._sessions.get(request_id)
         if session is None:
             return
-        session.note(load_ms=(self._clock() - load.started) * 1e3)
+        load_ms = (self._clock() - load.started) * 1e3
+        session.note(load_ms=load_ms, peer_ms=load_ms if ok and load.peer else 0.0)
         if ok:
-            loaded = len(load.keys) * self._service.layout.payload_bytes
+            pages = len(load.keys) * self._pages_per_block + (len(load.peer.pages) if load.peer else 0)
+            loaded = pages * self._service.layout.payload_bytes // self._pages_per_block
             session.note(loaded_tokens=session.record.offered_tokens, bytes_loaded=loaded)
         else:
             session.waiting.lost()
@@ -237,6 +227,7 @@ class EngineSessions:
         if session is None:
             return
         session.waiting.end()
+        self._peer_is_over(request_id)
         if self._disabled or session.info.uncacheable or self._config.save == "none":
             return
         last = min(num_computed, len(tokens), len(pages) * self._page_tokens)
@@ -263,24 +254,55 @@ class EngineSessions:
         """Take in what the ranks finished: commit saves that all of them made, abort the failed."""
         if report.problem:
             self.disable(report.problem)
+        for request_id, reason in report.peer.failed.items():
+            self.peer_failed(request_id, reason)
         for save in self._saves.report(report):
             self._settle(save)
 
-    def finish(self, request_id: str) -> bool:
+    def peer_failed(self, request_id: str, reason: str) -> None:
+        """Note why a request gets nothing from a peer, as ``HandoffFailed.reason``."""
+        if (session := self._sessions.get(request_id)) is not None:
+            session.note(peer_failed=reason)
+
+    def saved_keys(self, request_id: str) -> Sequence[BlockKey]:
+        """Return the keys of the blocks that are saved, or held already, or whose save is planned."""
+        session = self._sessions.get(request_id)
+        return session.chain.keys[: session.saved_blocks] if session else ()
+
+    def content(self, request_id: str, tokens: Sequence[int]) -> Callable[[int], bytes] | None:
+        """Return what digests the first n of a request's tokens; None if nothing can be said of its KV.
+
+        It stays of use when the request is over. One thread at a time may call it.
+        """
+        session = self._sessions.get(request_id)
+        if session is None or session.info.uncacheable or self._disabled:
+            return None
+        chain, extras, known = session.chain, session.info.extras, list(tokens)
+        return lambda count: content_digest(chain, known[:count], extras)
+
+    def release(self, request_id: str) -> None:
+        """Have every rank report a finished request whose pages were held, once its saves are through."""
+        self._jobs.releases.append(request_id)
+
+    def finish(self, request_id: str, *, is_held: bool = False) -> bool:
         """The request is over. Return whether its pages must be held until its saves are through.
 
-        When True, every rank reports the id once it has finished the saves.
+        When True, every rank reports the id once it has finished the saves; if ``is_held``, because somebody else
+        reads the pages, only after ``release``.
         """
         session = self._sessions.pop(request_id, None)
         if session is None:
             return False
-        self._note_regret(session)
+        self._peer_is_over(request_id)
+        session.note_regret(self.prefill.seconds(self._block_tokens))
         self._on_record(session.record)
         if request_id in self._loads:
             # The engine holds the pages until the load is reported, and the workers finish the
             # saves before it: they copy in order.
             return False
         self._service.release_owner(request_id)
+        if is_held:
+            return True
         if not session.pending_saves:
             return False
         self._jobs.releases.append(request_id)
@@ -313,8 +335,30 @@ class EngineSessions:
         self._fingerprint = epoch_fingerprint(self._fingerprint, secrets.token_bytes(32))
         self._service.clear()
 
+    def _peer_is_over(self, request_id: str) -> None:
+        if self._peers is not None:
+            self._peers.over(request_id)
+
+    def _offer_from_peer(
+        self, session: RequestState, source: PeerSource, tokens: Sequence[int], local_tokens: int
+    ) -> int:
+        """Offer what the arena holds now, and behind it what a peer holds; 0 if the peer adds nothing."""
+        held = min(source.num_tokens or len(tokens), session.info.prompt_tokens, len(tokens))
+        first = local_tokens // self._block_tokens
+        match = self._service.lookup(session.chain.extend(tokens, session.info.extras)[first:])
+        start = max(local_tokens, (first + match.ready) * self._block_tokens)
+        if held <= start:
+            return 0
+        if session.peer_tokens != held:
+            session.peer_tokens = held
+            session.peer_content = content_digest(session.chain, tokens[:held], session.info.extras)
+        ready = Match(match.ready, match.ready, match.tiers[: match.ready], MissReason.NONE)
+        session.note_match(ready, first, local_tokens, MissReason.NONE, self._clock())
+        session.note_peer(held - start)
+        return held - local_tokens
+
     def _await(
-        self, session: _Session, match: Match, first: int, wanted: Sequence[BlockKey]
+        self, session: RequestState, match: Match, first: int, wanted: Sequence[BlockKey]
     ) -> MissReason | None:
         """Have the tiers bring what is worth it.
 
@@ -339,70 +383,55 @@ class EngineSessions:
             hoped = len(wanted) - match.ready if coming.blocks > match.reachable else 0
             waiting.go_on(first + match.ready, first + coming.blocks, tiers, now, hoped)
             return None
-        self._note_declined(session, match, coming)
+        session.note_declined(match, coming)
         is_cut = match.ready < match.reachable or coming.cut in (MissReason.SLOWER, MissReason.TIER_DOWN)
         return coming.cut if is_cut else match.missing
 
-    def _note_declined(self, session: _Session, match: Match, coming: Coming) -> None:
-        declined: dict[str, int] = {}
-        if coming.cut is MissReason.SLOWER:
-            for tier in match.tiers[coming.blocks :]:
-                declined[tier] = declined.get(tier, 0) + 1
-        declined.pop(HOST, None)
-        session.note(declined_blocks=declined)
-
-    def _note_regret(self, session: _Session) -> None:
-        session.waiting.end()
-        block_s = self.prefill.seconds(self._block_tokens)
-        regret_s = session.waiting.regret_s(session.record.load_ms / 1e3, block_s)
-        if regret_s:
-            session.note(regret_ms=regret_s * 1e3, regret_tier=session.waiting.tier)
-
-    def _note_sources(self, session: _Session, match: Match, first: int) -> None:
-        for index, tier in enumerate(match.tiers, start=first):
-            session.sources.setdefault(index, tier)
-
-    def _note_match(
-        self, session: _Session, match: Match, first: int, local_tokens: int, missing: MissReason
-    ) -> None:
-        now = self._clock()
-        session.waiting.offered(first + match.ready, now)
-        matched: dict[str, int] = {}
-        for index, tier in enumerate(match.tiers[: match.ready], start=first):
-            source = session.sources.get(index, tier)
-            matched[source] = matched.get(source, 0) + self._block_tokens
-        if matched:
-            skipped = local_tokens - first * self._block_tokens
-            matched[next(iter(matched))] -= skipped
-        session.note(
-            wait_ms=session.waiting.seconds(now) * 1e3,
-            local_tokens=local_tokens,
-            matched_tokens=matched,
-            missing_block=None if missing is MissReason.NONE else first + match.ready,
-            missing_reason=missing.value,
-        )
-
     def _plan_load(
         self, request_id: str, pages: Sequence[int], local_tokens: int, offered_tokens: int
-    ) -> tuple[BlockCopy, ...]:
+    ) -> tuple[tuple[BlockCopy, ...], PeerRead | None]:
         session = self._sessions[request_id]
         first = local_tokens // self._block_tokens
-        end = -(-(local_tokens + offered_tokens) // self._block_tokens)
-        keys = tuple(session.chain.keys[first:end])
+        end_token = local_tokens + offered_tokens
+        keys = tuple(session.chain.keys[first : -(-end_token // self._block_tokens)])
         lease = self._service.lease(request_id, keys)
-        self._loads[request_id] = _Load(lease, keys, self._clock())
+        leased = len(lease.places)
         session.note(offered_tokens=offered_tokens)
-        if len(lease.places) < len(keys):
-            return ()
+        is_whole = local_tokens >= end_token or (first + leased) * self._block_tokens >= end_token
+        source = None if is_whole or self._peers is None else self._peers.source(request_id)
+        peer = None
+        if source is not None and end_token == session.peer_tokens:
+            start = max(local_tokens, (first + leased) * self._block_tokens)
+            peer = self._peer_read(session, source, pages, start)
+        self._loads[request_id] = _Load(lease, keys[:leased] if peer else keys, self._clock(), peer)
+        if not is_whole and peer is None:
+            return (), None
         copies = []
         for index, place in enumerate(lease.places, start=first):
             start = index * self._pages_per_block
             skipped = max(0, local_tokens // self._page_tokens - start)
             own = tuple(pages[start + skipped : start + self._pages_per_block])
             copies.append(BlockCopy(place.slot, place.generation, skipped, own))
-        return tuple(copies)
+        return tuple(copies), peer
 
-    def _reserve(self, session: _Session, full: int, pages: Sequence[int]) -> bool:
+    def _peer_read(
+        self, session: RequestState, source: PeerSource, pages: Sequence[int], start: int
+    ) -> PeerRead:
+        """Plan to read, from token ``start`` on, what was offered from a peer."""
+        assert self._peers is not None
+        first_page = start // self._page_tokens
+        end_page = -(-session.peer_tokens // self._page_tokens)
+        return PeerRead(
+            source=source,
+            reader=self._peers.reader(session.info.id),
+            num_tokens=session.peer_tokens,
+            fingerprint=self._model_fingerprint,
+            content=session.peer_content,
+            first_page=first_page,
+            pages=tuple(pages[first_page:end_page]),
+        )
+
+    def _reserve(self, session: RequestState, full: int, pages: Sequence[int]) -> bool:
         """Plan the save of blocks up to ``full``, or of those that were asked for before and not answered.
 
         Returns:
@@ -422,7 +451,7 @@ class EngineSessions:
 
     def _plan_save(
         self,
-        session: _Session,
+        session: RequestState,
         reservation: Reservation,
         index_of: Mapping[BlockKey, int],
         pages: Sequence[int],

@@ -5,6 +5,8 @@ Who owns what
   * One thread, ``kvferry-stager-<rank>``, copies, strictly in the order of submission. That order is
     relied upon: a request's release comes after its saves, a load into reused pages after the save
     that still reads them.
+  * What a load reads from a peer comes after its copies, and is not waited for: ``PeerReads`` has threads of its own,
+    and answers there.
   * A job belongs to the arena that it was planned for and touches no other: slot numbers mean nothing elsewhere.
     When the scheduler names another arena, or another way to it, or none, the one before is let go behind the jobs
     that were submitted for it.
@@ -19,14 +21,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.connector.arena import Arena, ArenaHandle
-from kvferry.connector.errors import KVFerryError
+from kvferry.connector.errors import HandoffFailed, KVFerryError
 from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
 
 __all__ = ["Stager", "StagerResults", "Staging"]
@@ -88,10 +92,14 @@ class Stager:
         layout: The block geometry this rank derived; the scheduler's must be the same.
         shard: The rank's part of every block. A rank that only holds a replica loads but does not
             save.
+        peers: Reads what loads want of other engines; without it such loads fail. Closed with the stager.
     """
 
-    def __init__(self, staging: Staging, layout: BlockLayout, shard: Shard) -> None:
+    def __init__(
+        self, staging: Staging, layout: BlockLayout, shard: Shard, peers: PeerReads | None = None
+    ) -> None:
         self._staging = staging
+        self._peers = peers
         self._layout = layout
         self._shard = shard
         self._arena: Arena | None = None
@@ -139,6 +147,12 @@ class Stager:
         for request_id in jobs.releases:
             self._queue.put(_Submitted(request_id, None, None))
 
+    def wait_saved(self, jobs: StepJobs, deadline_s: float) -> None:
+        """Wait until the step's saves are through, at most ``deadline_s`` seconds."""
+        waited_for = {save.id for save in jobs.saves}
+        with self._state:
+            self._state.wait_for(lambda: not waited_for & self._open_saves, deadline_s)
+
     def take_results(self) -> StagerResults:
         """Return and forget what was finished since the last call."""
         with self._state:
@@ -156,6 +170,8 @@ class Stager:
         """Stop the thread and unmap the arena. Idempotent."""
         self._queue.put(None)
         self._thread.join(_CLOSE_DEADLINE_S)
+        if self._peers is not None:
+            self._peers.close()
         if self._thread.is_alive():
             logger.error("%s did not stop within %g s", self._thread.name, _CLOSE_DEADLINE_S)
             return
@@ -211,7 +227,7 @@ class Stager:
             is_good = self._copy(job, submitted)
             seconds = time.perf_counter() - started
             if isinstance(job, LoadJob):
-                self._loaded(job, is_good, seconds)
+                self._read_peer(job, is_good, seconds)
             else:
                 self._saved(job, is_good, seconds)
 
@@ -219,7 +235,11 @@ class Stager:
         arena = submitted.arena
         if isinstance(job, SaveJob) and not self._shard.is_writer:
             return True
-        if arena is None or self._problem or not job.copies:
+        if self._problem:
+            return False
+        if not job.copies:
+            return isinstance(job, LoadJob) and job.peer is not None
+        if arena is None:
             return False
         try:
             self._staging.wait(submitted.mark)
@@ -244,6 +264,29 @@ class Stager:
     def _shard_bytes(self, job: LoadJob | SaveJob) -> int:
         share = self._layout.payload_bytes * self._shard.num_heads // self._layout.num_kv_heads
         return share * len(job.copies)
+
+    def _read_peer(self, job: LoadJob, is_good: bool, seconds: float) -> None:
+        """Go on with what a load wants of a peer, if it does, and if it can still succeed."""
+        if job.peer is None or not is_good:
+            self._loaded(job, is_good, seconds)
+        elif self._peers is None:
+            missing = HandoffFailed("transport", "this rank reads from no peer")
+            self._peer_read(job, seconds, missing, 0, 0.0)
+        else:
+            self._peers.submit(job.peer, partial(self._peer_read, job, seconds))
+
+    def _peer_read(
+        self, job: LoadJob, copy_seconds: float, failure: HandoffFailed | None, moved: int, seconds: float
+    ) -> None:
+        """Any thread: a read is through."""
+        with self._state:
+            counts = self._results.report.peer
+            if failure is None:
+                counts.bytes += moved
+                counts.seconds.append(seconds)
+            else:
+                counts.failed[job.request_id] = failure.reason
+            self._loaded(job, failure is None, copy_seconds)
 
     def _loaded(self, job: LoadJob, is_good: bool, seconds: float) -> None:
         with self._state:

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+import msgspec
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -27,6 +29,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvferry.connector.errors import KVFerryError
 from kvferry.connector.settings import Settings, load_settings
+from kvferry.connector.transport import RemotePages
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.stager import StagerResults
 from kvferry.engines.vllm.compat import TransferResults, hit_sources
@@ -59,6 +62,14 @@ class KVFerryMetadata(KVConnectorMetadata):
     """Scheduler to workers: the step's copies."""
 
     jobs: StepJobs = field(default_factory=StepJobs)
+
+
+@dataclass
+class KVFerryHandshakeMetadata(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: how other engines read this rank's pages."""
+
+    pages: bytes = b""
+    """A ``RemotePages`` in msgpack."""
 
 
 @dataclass
@@ -155,6 +166,12 @@ class KVFerryConnector(KVConnectorBase_V1):
             self._worker.register(kv_caches)
 
     @_contained(lambda _: None)
+    def get_handshake_metadata(self) -> KVFerryHandshakeMetadata | None:
+        """Tell how other engines read this rank's pages; None when they cannot."""
+        pages = self._worker.exported() if self._worker is not None else None
+        return KVFerryHandshakeMetadata(msgspec.msgpack.encode(pages)) if pages is not None else None
+
+    @_contained(lambda _: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata, *args: Any, **kw: Any) -> None:
         """Wait for the copies that still read pages which this step overwrites."""
         if self._worker is not None:
@@ -176,7 +193,7 @@ class KVFerryConnector(KVConnectorBase_V1):
 
     @_contained(lambda _: None)
     def wait_for_save(self) -> None:
-        """Submit the step's saves; their pages stay valid until they are reported."""
+        """Submit the step's saves; their pages stay valid until they are reported. Waits where others are told next."""
         if self._worker is not None:
             self._worker.submit_saves(_jobs(self._get_connector_metadata()))
 
@@ -215,6 +232,17 @@ class KVFerryConnector(KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         """A cache may lose blocks; nobody waits for them."""
         return False
+
+    @_contained(lambda _: None)
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Take in how other engines read the ranks' pages, by rank."""
+        if self._scheduler is not None:
+            ranks = [
+                rank for _, rank in sorted(metadata.items()) if isinstance(rank, KVFerryHandshakeMetadata)
+            ]
+            self._scheduler.ranks_exported(
+                [msgspec.msgpack.decode(rank.pages, type=RemotePages) for rank in ranks]
+            )
 
     @_contained(lambda _: None)
     def on_new_request(self, request: Request) -> None:
@@ -272,10 +300,10 @@ class KVFerryConnector(KVConnectorBase_V1):
 
     @_contained(lambda _: (False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request; hold its pages while they are still being saved."""
+        """Forget a request; hold its pages while they are still being saved, or for another engine."""
         if self._scheduler is None:
             return False, None
-        return self._scheduler.finished(request), None
+        return self._scheduler.finished(request, block_ids)
 
     @_contained(lambda _: False)
     def has_pending_push_work(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.connector.keys import Extra, Scope
-from kvferry.engines.session import RequestInfo
+from kvferry.engines.request import RequestInfo
 from kvferry.engines.vllm.identity import adapter_identity
 
 if TYPE_CHECKING:

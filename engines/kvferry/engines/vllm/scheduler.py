@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,8 +17,12 @@ import msgspec
 from kvferry.connector.choosing import open_service
 from kvferry.connector.coding import block_fingerprint
 from kvferry.connector.explain import RequestRecord, open_log
+from kvferry.connector.keys import BlockKey
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
+from kvferry.connector.transport import RemotePages
+from kvferry.engines.handoff.handoffs import Handoffs
+from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.session import EngineSessions
 from kvferry.engines.vllm.geometry import attention_spec, block_layout
@@ -39,6 +44,9 @@ __all__ = ["SchedulerSide"]
 logger = logging.getLogger(__name__)
 
 _CLOSE_DEADLINE_S = 10.0
+_MOST_STEPS_UNDER_WAY = 8
+_WHOLE = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+"""Statuses of requests whose prompt was computed to its end."""
 
 
 class SchedulerSide:
@@ -55,16 +63,23 @@ class SchedulerSide:
     """
 
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings) -> None:
+        transfer = vllm_config.kv_transfer_config
+        self._role = ROLES[transfer.kv_role]
         config = settings.config
+        if not self._role.saves:
+            config = msgspec.structs.replace(config, save="none")
+        self._commit_wait_s = config.peer.commit_wait_s
         layout = block_layout(vllm_config, kv_cache_config, config.block_tokens)
         identity = model_identity(vllm_config, kv_cache_config, layout, config)
         self._model = identity.model
-        self._engine = vllm_config.kv_transfer_config.engine_id
+        self._engine = transfer.engine_id
         self._page_tokens = attention_spec(kv_cache_config).block_size
         self._is_in_step = False
         self._requests: dict[str, Request] = {}
         self._local_tokens: dict[str, int] = {}
         self._tables = PageTables()
+        self._awaited: deque[list[BlockKey]] = deque(maxlen=_MOST_STEPS_UNDER_WAY)
+        """For each step under way, what must be visible to others before its output leaves this engine."""
         self._translator = RequestTranslator(layout.block_tokens, config.tenant)
         self._wants_events = bool(
             vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events
@@ -84,13 +99,27 @@ class SchedulerSide:
         )
         self._log = open_log(config.explain, self._engine, os.environ)
         self.stats = SchedulerStats(self._service)
+        self._handoffs = (
+            Handoffs(
+                config,
+                self._role,
+                fingerprint,
+                self._engine,
+                kv_cache_config.num_blocks,
+                parallel.data_parallel_rank,
+            )
+            if self._role.is_on(config.peer.enabled)
+            else None
+        )
+        self._tp_size = parallel.tensor_parallel_size
         self._sessions = EngineSessions(
             self._service,
             config,
             fingerprint,
             self._page_tokens,
-            parallel.tensor_parallel_size,
+            self._tp_size,
             self._on_record,
+            peers=self._handoffs,
         )
         logger.info(
             "kvferry serves %s: blocks of %d tokens (%d bytes), %s, fingerprint %s",
@@ -101,10 +130,22 @@ class SchedulerSide:
             fingerprint[:4].hex(),
         )
 
+    def ranks_exported(self, ranks: Sequence[RemotePages]) -> None:
+        """The workers have made their pages readable for other engines."""
+        if self._handoffs is None:
+            return
+        if len(ranks) < self._tp_size:
+            logger.error("no pages are handed over: %d of %d ranks export theirs", len(ranks), self._tp_size)
+            return
+        self._handoffs.start(ranks)
+
     def new_request(self, request: Request) -> None:
         """A request has arrived."""
         self._requests[request.request_id] = request
         self._sessions.open(self._translator.describe(request))
+        params = request.kv_transfer_params
+        if params and self._handoffs is not None and not self._handoffs.arrived(request.request_id, params):
+            self._sessions.peer_failed(request.request_id, "params")
 
     def offer(self, request: Request, local_tokens: int) -> int | None:
         """Tokens loadable beyond ``local_tokens``; None to be asked again."""
@@ -114,6 +155,8 @@ class SchedulerSide:
             return 0
         self._local_tokens[request.request_id] = local_tokens
         self._begin_step()
+        if self._handoffs is not None and self._handoffs.is_gone(request.request_id):
+            self._sessions.peer_failed(request.request_id, "gone")
         return self._sessions.offer(request.request_id, request.all_token_ids, local_tokens)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -129,6 +172,7 @@ class SchedulerSide:
         self._is_in_step = False
         self._sessions.pages_assigned(self._tables.update(output))
         prompt_tokens = 0
+        prefilled: list[str] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self._requests.get(request_id)
             if request is not None:
@@ -140,8 +184,22 @@ class SchedulerSide:
                     request.num_computed_tokens + scheduled,
                     self._tables.get(request_id),
                 )
+                if 0 <= request.num_prompt_tokens - 1 - request.num_computed_tokens < scheduled:
+                    prefilled.append(request_id)
         self._sessions.prefill.step_planned(prompt_tokens, time.monotonic())
-        return self.planned()
+        jobs = self.planned()
+        jobs.is_awaited = self._await_saves(prefilled)
+        return jobs
+
+    def _await_saves(self, prefilled: Iterable[str]) -> bool:
+        """Return whether the step's saves are awaited because others are told of these requests when it ends."""
+        is_producer = self._role.gives and not self._role.takes
+        awaited: list[BlockKey] = []
+        for request_id in prefilled:
+            if is_producer or (self._handoffs is not None and self._handoffs.is_wanted(request_id)):
+                awaited += self._sessions.saved_keys(request_id)
+        self._awaited.append(awaited)
+        return bool(awaited)
 
     def _begin_step(self) -> None:
         """Poll once a step, before the first offer or else before the copies are planned."""
@@ -151,7 +209,16 @@ class SchedulerSide:
 
     def planned(self) -> StepJobs:
         """Hand over what is planned so far."""
-        return self._sessions.take_jobs()
+        if self._handoffs is not None:
+            for request_id in self._handoffs.take_ended():
+                self._sessions.release(request_id)
+            table = self._handoffs.table
+            self.stats.show_leases(len(table), table.held_pages)
+            self.stats.show_expired(table.expired_count)
+        jobs = self._sessions.take_jobs()
+        if self._handoffs is not None:
+            jobs.exports = self._handoffs.take_exports()
+        return jobs
 
     def workers_reported(
         self, loaded: Iterable[str], failed_loads: Iterable[str], report: WorkerReport | None
@@ -166,15 +233,52 @@ class SchedulerSide:
             was_disabled = self._sessions.disabled
             self._sessions.report(report)
             self.stats.count_copies(report)
+            self.stats.count_peer(report.peer)
+            if self._handoffs is not None:
+                self._handoffs.report(report)
             if self._sessions.disabled and not was_disabled:
                 logger.error("kvferry is off, the engine goes on without it: %s", self._sessions.disabled)
+        self._settle()
 
-    def finished(self, request: Request) -> bool:
-        """The request is over; return whether vLLM must hold its pages until saves are through."""
-        self._requests.pop(request.request_id, None)
-        self._local_tokens.pop(request.request_id, None)
-        self._tables.drop(request.request_id)
-        return self._sessions.finish(request.request_id)
+    def _settle(self) -> None:
+        """Let nobody be told of blocks that others do not find yet."""
+        awaited = self._awaited.popleft() if self._awaited else []
+        if awaited and not self._sessions.disabled and not self._service.settle(awaited, self._commit_wait_s):
+            logger.warning(
+                "%d blocks may not be visible to others yet although their request is answered "
+                "(peer.commit_wait_s is %g s)",
+                len(awaited),
+                self._commit_wait_s,
+            )
+
+    def finished(self, request: Request, pages: Sequence[int]) -> tuple[bool, dict[str, object] | None]:
+        """The request is over.
+
+        Returns:
+            Whether vLLM must hold its pages until it is told otherwise, and what the router is answered.
+        """
+        request_id = request.request_id
+        answer = self._hand_over(request, pages)
+        self._requests.pop(request_id, None)
+        self._local_tokens.pop(request_id, None)
+        self._tables.drop(request_id)
+        if self._handoffs is not None:
+            self._handoffs.finished(request_id)
+        return self._sessions.finish(request_id, is_held=answer is not None), answer
+
+    def _hand_over(self, request: Request, pages: Sequence[int]) -> dict[str, object] | None:
+        request_id = request.request_id
+        if self._handoffs is None or not self._handoffs.is_wanted(request_id):
+            return None
+        # What was sampled last has no KV; a request that was preempted meanwhile has no pages.
+        computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        held = min(computed, len(pages) * self._page_tokens)
+        if request.status.name not in _WHOLE or held < request.num_prompt_tokens:
+            return None
+        content = self._sessions.content(request_id, request.all_token_ids)
+        answer = self._handoffs.hand_over(request_id, pages, held, content)
+        self.stats.count_given(held=int(answer is not None), declined=int(answer is None))
+        return answer
 
     def hit_tokens_by_tier(self, request: Request, tokens: int) -> dict[str, int]:
         """Split tokens of an offer that vLLM took over the tiers they came from."""
@@ -203,6 +307,8 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Finish what is under way and release everything."""
+        if self._handoffs is not None:
+            self._handoffs.close()
         self._service.close(_CLOSE_DEADLINE_S)
         self._log.close()
 

@@ -79,6 +79,7 @@ class SchedulerStats:
         self._service = service
         self._counts = metrics.Counts()
         self._last_taken = 0.0
+        self._expired = 0
 
     def count_request(self, record: RequestRecord) -> None:
         """Count a finished request."""
@@ -141,10 +142,15 @@ class SchedulerStats:
         self._counts.show(metrics.HANDOFF_LEASES, requests)
         self._counts.show(metrics.HANDOFF_HELD_PAGES, pages)
 
-    def count_expired(self, requests: int) -> None:
-        """Count requests whose pages were freed because no engine released them in time."""
-        if requests:
-            self._counts.add(metrics.HANDOFF_EXPIRED, requests)
+    def show_expired(self, requests: int) -> None:
+        """Count requests whose pages were freed because no engine released them in time.
+
+        Args:
+            requests: How many, from the start on.
+        """
+        if requests > self._expired:
+            self._counts.add(metrics.HANDOFF_EXPIRED, requests - self._expired)
+            self._expired = requests
 
     def take(self, hook_seconds: float) -> KVFerryStats | None:
         """Return the delta since the last call, at most once a second.

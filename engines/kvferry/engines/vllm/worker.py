@@ -6,16 +6,24 @@ Owned by vLLM's worker thread; ``connector`` calls it and catches what it raises
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.connector.errors import KVFerryError
 from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
 from kvferry.connector.staging import HostStaging
+from kvferry.connector.transport import RemotePages
+from kvferry.engines.handoff.exporting import PageExports, export_pages
+from kvferry.engines.handoff.reading import PeerReads
+from kvferry.engines.handoff.roles import ROLES
+from kvferry.engines.handoff.transports import chosen, context, usable
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.stager import Bytes, Stager, StagerResults, Staging
 from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
+from kvferry.engines.vllm.memory import page_memory
 from kvferry.engines.vllm.selftest import round_trip
 
 if TYPE_CHECKING:
@@ -45,7 +53,11 @@ class WorkerSide:
         self._config = settings.config
         self._layout = block_layout(vllm_config, kv_cache_config, settings.config.block_tokens)
         self._shard = self._layout.shard(tp_rank, vllm_config.parallel_config.tensor_parallel_size)
+        transfer = vllm_config.kv_transfer_config
+        self._role = ROLES[transfer.kv_role]
+        self._name = f"{transfer.engine_id[:64]}-{tp_rank}-{secrets.token_hex(4)}"
         self._stager: Stager | None = None
+        self._exports: PageExports | None = None
         self._problem = ""
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -59,7 +71,27 @@ class WorkerSide:
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
             logger.error("kvferry is off on %s", self._problem)
             return
-        self._stager = Stager(staging, self._layout, self._shard)
+        self._stager = Stager(staging, self._layout, self._shard, self._open_handoffs(layers))
+
+    def _open_handoffs(self, layers: list[torch.Tensor]) -> PeerReads | None:
+        """Make this rank's pages readable for others, and others' for it, as far as the role goes."""
+        peer = self._config.peer
+        if not self._role.is_on(peer.enabled):
+            return None
+        try:
+            memory = page_memory(layers, self._kv_cache_config.num_blocks, self._layout, self._shard)
+            transports = chosen(PluginRegistry(self._config.plugins), peer)
+        except KVFerryError as error:
+            logger.error("rank %d takes part in no handoff: %s", self._shard.rank, error)
+            return None
+        about = context(self._config, self._name)
+        if self._role.gives:
+            self._exports = export_pages(memory, transports, about, peer.verify)
+        return PeerReads(memory, usable(transports, memory), about, peer) if self._role.takes else None
+
+    def exported(self) -> RemotePages | None:
+        """Return how other engines read this rank's pages; None when they cannot."""
+        return self._exports.pages if self._exports is not None else None
 
     def fence(self, jobs: StepJobs) -> None:
         """Wait for the saves whose pages this step overwrites."""
@@ -72,20 +104,29 @@ class WorkerSide:
             self._stager.submit_loads(jobs)
 
     def submit_saves(self, jobs: StepJobs) -> None:
-        """Queue the step's saves and releases."""
+        """Queue the step's saves and releases. If others are told of the step, wait until they are through."""
+        if self._exports is not None:
+            self._exports.submit(jobs.exports)
         if self._stager is not None:
             self._stager.submit_saves(jobs)
+            if jobs.is_awaited:
+                self._stager.wait_saved(jobs, self._config.peer.commit_wait_s)
 
     def take_results(self, jobs: StepJobs) -> StagerResults:
         """Return what was finished; ``jobs`` are this step's, answered at once when nothing works."""
         if self._stager is not None:
-            return self._stager.take_results()
+            results = self._stager.take_results()
+            if self._exports is not None:
+                results.report.digests = self._exports.take_digests()
+            return results
         return _all_failed(jobs, self._problem or "the KV cache was never registered")
 
     def close(self) -> None:
-        """Stop the stager."""
+        """Stop the stager, and let nobody read any more."""
         if self._stager is not None:
             self._stager.close()
+        if self._exports is not None:
+            self._exports.close()
 
 
 class _ManagerPages:
