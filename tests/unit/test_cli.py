@@ -18,6 +18,7 @@ from kvferry.connector.errors import TierUnavailable
 from kvferry.connector.explain import ExplainLog, RequestRecord
 from kvferry.connector.hooks import hookimpl
 from kvferry.connector.offers import OWN_COMMANDS
+from kvferry.connector.transport import TransportType
 
 TRANSFER = {"kv_connector": "KVFerryConnector", "kv_role": "kv_both", "kv_connector_extra_config": {}}
 
@@ -149,6 +150,25 @@ def test_plugins_lists_what_each_one_adds(plugin: str) -> None:
     assert "tier disk" in result.stdout
     assert "eviction lru" in result.stdout
     assert "command greet" in result.stdout
+
+
+def test_plugins_tells_transports_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: object) -> str:
+        return ""
+
+    pigeon = TransportType("pigeon", nothing, nothing, nothing, "page by page", priority=3)  # type: ignore[arg-type]
+
+    @hookimpl
+    def kvferry_transports() -> Sequence[TransportType]:
+        return [pigeon]
+
+    module = types.ModuleType("kvferry_test_transports")
+    module.kvferry_transports = kvferry_transports  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("KVFERRY_PLUGINS", module.__name__)
+    (line,) = [line for line in run("plugins").stdout.splitlines() if line.startswith("transport pigeon")]
+    assert "page by page" in line
+    assert "priority 3" in line
 
 
 def test_plugins_speaks_json(plugin: str) -> None:

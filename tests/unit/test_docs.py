@@ -92,6 +92,7 @@ def test_there_are_hooks() -> None:
 @pytest.mark.parametrize(
     ("struct", "table"), [
         (config.Config, ""), (config.HostConfig, "host"), (config.ExplainConfig, "explain"), (config.TlsConfig, "tls"),
+        (config.PeerConfig, "peer"),
         (config.TierConfig, "tiers"), (server_config.ServerConfig, "server"),
         (server_config.ServerTlsConfig, "server.tls"), (server_config.TenantConfig, "tenants"),
         *((tier_type.options, f"The {tier_type.name} tier") for tier_type in plugin_tier_types()),
@@ -112,6 +113,12 @@ def test_every_tier_type_has_a_section(tier_type: TierType) -> None:
     assert f"\n## The {tier_type.name} tier\n" in (DOCS / "reference" / "configuration.md").read_text()
 
 
+def test_every_transport_is_described() -> None:
+    page = (DOCS / "how-to" / "hand-prefill-to-decode.md").read_text()
+    offered = importlib.import_module("kvferry.plugins.peer").kvferry_transports()
+    assert [transport.name for transport in offered if f"| `{transport.name}` |" not in page] == []
+
+
 @pytest.mark.parametrize("metric", metrics.METRICS, ids=lambda metric: metric.name)
 def test_every_metric_is_documented(metric: metrics.Metric) -> None:
     assert f"| `{metric.name}` |" in built("metrics.md")
@@ -123,6 +130,11 @@ def test_every_error_is_documented(name: str) -> None:
         f"| [`{name}`](#kvferry.connector.errors.{name}) |" in (DOCS / "reference" / "errors.md").read_text()
     )
     assert getattr(errors, name).__doc__
+
+
+@pytest.mark.parametrize("reason", errors.HandoffFailed.REASONS)
+def test_every_reason_of_a_failed_handoff_says_what_to_do(reason: str) -> None:
+    assert f"| `{reason}` |" in (DOCS / "reference" / "errors.md").read_text()
 
 
 @pytest.mark.parametrize("reason", [reason.value for reason in MissReason if reason is not MissReason.NONE])
@@ -227,7 +239,7 @@ def test_every_flag_is_complete() -> None:
     for flag in flags:
         assert flag["kv_connector"] == "KVFerryConnector"
         assert flag["kv_connector_module_path"] == "kvferry.engines.vllm"
-        assert flag["kv_role"] == "kv_both"
+        assert flag["kv_role"] in ("kv_both", "kv_producer", "kv_consumer")
         assert flag["kv_load_failure_policy"] == "recompute"
 
 

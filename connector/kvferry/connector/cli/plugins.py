@@ -64,6 +64,10 @@ def _print_details(registry: PluginRegistry) -> None:
         (f"codec {name}", codec.summary, f"id {codec.id}" + (", lossy" if codec.is_lossy else ""))
         for name, codec in sorted(registry.codec_types().items())
     ]
+    rows += [
+        (f"transport {name}", transport.summary, f"priority {transport.priority}")
+        for name, transport in sorted(registry.transports().items())
+    ]
     rows += [(f"eviction {name}", "", "") for name in registry.eviction_policies()]
     rows += [(f"admission {name}", "", "") for name in registry.admission_policies()]
     for line in table(rows):
