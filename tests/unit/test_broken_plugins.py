@@ -33,6 +33,7 @@ from kvferry.connector.policy import LRU
 from kvferry.connector.registry import PluginRegistry, PluginReport
 from kvferry.connector.testing.memory import MemoryTier
 from kvferry.connector.tier import Capabilities, TierContext, TierType
+from kvferry.connector.transport import TransportType
 
 BAD = "plugin_bad"
 GOOD = "plugin_good"
@@ -59,6 +60,11 @@ def codec_type(name: object = "squash", **fields: object) -> CodecType:
 
 def case(name: object = "speed", **fields: object) -> BenchCase:
     return BenchCase(name, **{"summary": "", "run": list, **fields})  # type: ignore[arg-type]
+
+
+def transport(name: object = "pigeons", **fields: object) -> TransportType:
+    given = {"unusable": str, "export": Always, "connect": Always, "summary": "", **fields}
+    return TransportType(name, **given)  # type: ignore[arg-type]
 
 
 def raising(error: type[BaseException]) -> Callable[..., object]:
@@ -93,6 +99,7 @@ def load_beside_a_good_one(monkeypatch: pytest.MonkeyPatch, bad: str) -> PluginR
         kvferry_codecs=lambda: [codec_type("good-codec", id=999)],
         kvferry_eviction_policies=lambda: {"good-eviction": LRU},
         kvferry_admission_policies=lambda: {"good-admission": Always},
+        kvferry_transports=lambda: [transport("good-transport")],
         kvferry_commands=lambda: [click.Command("good-command")],
         kvferry_bench_cases=lambda: [case("good-case")],
     )
@@ -112,6 +119,7 @@ def assert_switched_off(registry: PluginRegistry, expected: str) -> None:
     assert list(registry.codec_types()) == ["good-codec"]
     assert registry.eviction_policies() == ["good-eviction", "lru", "s3fifo"]
     assert registry.admission_policies() == ["adaptive", "always", "good-admission", "second-touch"]
+    assert list(registry.transports()) == ["good-transport"]
     assert [command.name for command in commands] == ["good-command"]
     assert [case.name for case in cases] == ["good-case"]
 
@@ -176,6 +184,7 @@ KINDS: dict[str, Callable[[object], object]] = {
     "kvferry_codecs": lambda name: [codec_type(name)],
     "kvferry_eviction_policies": lambda name: {name: LRU},
     "kvferry_admission_policies": lambda name: {name: Always},
+    "kvferry_transports": lambda name: [transport(name)],
     "kvferry_bench_cases": lambda name: [case(name)],
 }
 OFFERS: list[tuple[str, object, str]] = [
@@ -184,7 +193,7 @@ OFFERS: list[tuple[str, object, str]] = [
     *(
         (hook, answer(f"good-{kind}"), f"is already offered by plugin {GOOD!r}")
         for (hook, answer), kind in zip(
-            KINDS.items(), ("tier", "codec", "eviction", "admission", "case"), strict=True
+            KINDS.items(), ("tier", "codec", "eviction", "admission", "transport", "case"), strict=True
         )
     ),
     ("kvferry_eviction_policies", {"lru": LRU}, "already offered by plugin 'policies'"),
@@ -203,6 +212,13 @@ OFFERS: list[tuple[str, object, str]] = [
     ("kvferry_codecs", [codec_type(make=0)], "make is 0, expected something to call"),
     ("kvferry_eviction_policies", {"mine": "LRU"}, "expected something to call"),
     ("kvferry_admission_policies", {"mine": None}, "expected something to call"),
+    ("kvferry_transports", [transport("auto")], "the name 'auto' is reserved"),
+    *(
+        ("kvferry_transports", [transport(**{field: None})], f"{field} is None, expected something to call")
+        for field in ("unusable", "export", "connect")
+    ),
+    ("kvferry_transports", [transport(summary=None)], "summary is None, expected text"),
+    ("kvferry_transports", [transport(priority="high")], "priority is 'high', expected a whole number"),
     ("kvferry_commands", [click.Command(None)], "is no name for a command"),
     ("kvferry_commands", [click.Command("doctor")], "the name 'doctor' is reserved"),
     ("kvferry_commands", [click.Command("good-command")], "is already offered by plugin"),

@@ -22,6 +22,7 @@ from kvferry.connector.keys import BlockKey
 from kvferry.connector.policy import LRU
 from kvferry.connector.registry import PluginRegistry, PluginReport
 from kvferry.connector.tier import TierType
+from kvferry.connector.transport import TransportType
 
 Module = Callable[..., str]
 
@@ -36,6 +37,10 @@ def tier_type(name: str) -> TierType:
 
 def codec_type(name: str, number: int) -> CodecType:
     return CodecType(name, number, False, lambda layout: None, "for tests")  # type: ignore[arg-type,return-value]
+
+
+def transport(name: str) -> TransportType:
+    return TransportType(name, str, Always, Always, "for tests")  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -89,6 +94,7 @@ def test_modules_of_the_configuration_offer_everything(module: Module) -> None:
         kvferry_codecs=lambda: [codec_type("squash", 300)],
         kvferry_eviction_policies=lambda: {"mine": LRU},
         kvferry_admission_policies=lambda: {"mine": SecondTouch},
+        kvferry_transports=lambda: [transport("pigeons")],
         kvferry_commands=lambda: [command],
         kvferry_bench_cases=lambda: [case],
         kvferry_doctor_findings=lambda: [finding],
@@ -99,6 +105,8 @@ def test_modules_of_the_configuration_offer_everything(module: Module) -> None:
     assert "mine" in registry.eviction_policies()
     assert "mine" in registry.admission_policies()
     assert not registry.admission_policy("mine").admits(BlockKey(bytes(32)))
+    assert registry.transport("pigeons").summary == "for tests"
+    assert list(registry.transports()) == ["pigeons"]
     assert registry.commands() == [command]
     assert registry.bench_cases() == [case]
     assert registry.doctor_findings() == [finding]
@@ -109,6 +117,7 @@ def test_modules_of_the_configuration_offer_everything(module: Module) -> None:
         "codec": ("squash",),
         "eviction policy": ("mine",),
         "admission policy": ("mine",),
+        "transport": ("pigeons",),
         "command": ("extra",),
         "bench case": ("speed",),
     }
@@ -199,6 +208,8 @@ def test_unknown_names_get_the_nearest() -> None:
         registry.admission_policy("alwys")
     with pytest.raises(ConfigError, match=r"tiers\[0\]\.codec: there is no codec 'none'"):
         load().codec_type("none", "tiers[0].codec")
+    with pytest.raises(ConfigError, match=r"peer\.transport: there is no transport 'sokcet'.*'socket'"):
+        load("kvferry.plugins.peer").transport("sokcet")
 
 
 def test_codecs_are_found_by_name(module: Module) -> None:

@@ -147,6 +147,9 @@ def _transports(answer: object) -> Iterator[tuple[str, TransportType]]:
         what = f"transport {reprlib.repr(offered.name)}"
         for field in ("unusable", "export", "connect"):
             _require_callable(what, field, getattr(offered, field))
+        priority: object = offered.priority
+        if type(priority) is not int:
+            raise TypeError(f"{what}: priority is {reprlib.repr(priority)}, expected a whole number")
         _require_text(what, "summary", offered.summary)
         yield offered.name, offered
 
@@ -204,7 +207,7 @@ ADMISSION_POLICIES: Kind[Callable[[], AdmissionPolicy]] = Kind(
     "admission policy", "kvferry_admission_policies", _factories
 )
 TRANSPORTS: Kind[TransportType] = Kind(
-    "transport", "kvferry_transports", _transports, reserved=frozenset({AUTO})
+    "transport", "kvferry_transports", _transports, reserved=RESERVED | {AUTO}
 )
 COMMANDS: Kind[click.Command] = Kind("command", "kvferry_commands", _commands, reserved=OWN_COMMANDS)
 BENCH_CASES: Kind[BenchCase] = Kind("bench case", "kvferry_bench_cases", _bench_cases)
