@@ -89,11 +89,12 @@ def test_what_is_given_is_held_or_declined(stats: SchedulerStats) -> None:
     assert given.get_sample_value("kvferry_handoffs_total", {"side": "given", "outcome": "declined"}) == 1
 
 
-def test_leases_are_shown_as_they_are_and_expired_ones_add_up(stats: SchedulerStats) -> None:
+def test_leases_are_shown_as_they_are_and_expired_ones_are_counted_once(stats: SchedulerStats) -> None:
     stats.show_leases(3, 300)
     stats.show_leases(1, 100)
-    stats.count_expired(2)
-    stats.count_expired(0)
+    stats.show_expired(1)
+    stats.show_expired(2)
+    stats.show_expired(2)
     registry = page(stats)
     assert registry.get_sample_value("kvferry_handoff_leases") == 1
     assert registry.get_sample_value("kvferry_handoff_held_pages") == 100
