@@ -9,6 +9,7 @@ import msgspec
 from kvferry.connector.errors import TierUnavailable
 from kvferry.connector.hooks import hookimpl
 from kvferry.connector.keys import BlockKey
+from kvferry.connector.testing.faulty import SlowTier
 from kvferry.connector.testing.memory import MemoryTier
 from kvferry.connector.tier import Capabilities, Frame, Outcome, TierContext, TierStats, TierType
 
@@ -59,6 +60,13 @@ class CommonTier:
         pass
 
 
+def open_slow(options: CommonOptions, context: TierContext) -> SlowTier:
+    return SlowTier(CommonTier(options, context), delay_s=0.0)
+
+
 @hookimpl
 def kvferry_tier_types() -> Sequence[TierType]:
-    return [TierType("common", CommonOptions, CommonTier, "a dict that several tiers share, for tests")]
+    return [
+        TierType("common", CommonOptions, CommonTier, "a dict that several tiers share, for tests"),
+        TierType("slow-common", CommonOptions, open_slow, "the same, and takes its time"),
+    ]

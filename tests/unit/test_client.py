@@ -214,6 +214,98 @@ class TestPaceOfAConnection:
         assert len(server.link.requests) == 1
 
 
+class TestSettle:
+    """What the server says it can find, others find."""
+
+    def save(self, client: ClientService) -> None:
+        reservation = client.reserve("r", KEYS)
+        assert reservation is not None
+        client.commit(reservation, [place.key for place in reservation.places])
+
+    def test_what_was_committed_before_is_found_by_others(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        self.save(client)
+        assert client.settle(KEYS, 1.0)
+        assert [type(request) for request in server.link.requests[-2:]] == [wire.Commit, wire.Lookup]
+
+    def test_it_waits_longer_than_a_step_and_no_longer_than_its_deadline(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        self.save(client)
+        server.delay_s = 0.5
+        later(client, server)
+        server.waited_s = 0.0
+        assert not client.settle(KEYS, 0.2)
+        assert server.waited_s == pytest.approx(0.2)
+        later(client, server, 0.5)
+        assert client.settle(KEYS, 1.0)
+        assert server.waited_s == pytest.approx(0.7)
+
+    def test_an_answer_from_before_the_commit_is_not_taken(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        reservation = client.reserve("r", KEYS)
+        assert reservation is not None
+        server.delay_s = 0.01
+        assert client.lookup(KEYS).missing is MissReason.NOT_ASKED, "the question is under way"
+        client.commit(reservation, KEYS)
+        assert client.settle(KEYS, 1.0)
+
+    def test_what_the_server_did_not_take_in_is_not_visible(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        self.save(client)
+        server.held.discard(KEYS[2])
+        assert not client.settle(KEYS, 1.0)
+        assert client.settle(KEYS[:2], 1.0)
+
+    def test_a_commit_that_went_with_its_connection_is_not_visible(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        reservation = client.reserve("r", KEYS)
+        assert reservation is not None
+        server.die()
+        later(client, server)
+        assert not client.settle(KEYS, 1.0), "there is no server"
+        server.is_there = True
+        later(client, server)
+        client.commit(reservation, KEYS)
+        assert not client.settle(KEYS, 1.0), "there is one that knows nothing of it"
+        assert server.waited_s == 0
+
+    def test_a_server_that_dies_meanwhile_ends_the_wait(
+        self, client: ClientService, server: ScriptedServer
+    ) -> None:
+        self.save(client)
+        server.die()
+        assert not client.settle(KEYS, 1.0)
+        assert server.waited_s == 0
+
+    def test_a_silent_server_is_not_waited_for(self, client: ClientService, server: ScriptedServer) -> None:
+        self.save(client)
+        server.delay_s = None
+        client.lookup(KEYS)
+        later(client, server, 1.5)
+        server.waited_s = 0.0
+        assert not client.settle(KEYS, 1.0)
+        assert server.waited_s == 0
+
+    def test_many_blocks_are_asked_for_in_several_messages(
+        self, client: ClientService, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(wire, "MAX_KEYS", 3)
+        server.held.update(KEYS)
+        assert client.settle(KEYS, 1.0)
+        assert server.link.count(wire.Lookup) == 2
+        server.held.discard(KEYS[3])
+        assert not client.settle(KEYS, 1.0)
+
+    def test_for_no_blocks_nothing_is_asked(self, client: ClientService, server: ScriptedServer) -> None:
+        assert client.settle([], 1.0)
+        assert server.link.requests == []
+
+
 class TestSilence:
     @pytest.fixture(autouse=True)
     def _is_silent(self, client: ClientService, server: ScriptedServer) -> None:

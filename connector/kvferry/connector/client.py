@@ -41,6 +41,8 @@ LEASE_BUDGET_S = 0.02
 _MAX_EXCUSED = 1024
 _MAX_BLOCK_S = 3600.0
 _MAX_NAME = 200
+_SETTLING = "settling"
+"""Keeps the question apart from one that was sent before the commit, whose answer is of no use."""
 _DOWN = Match(0, 0, (), MissReason.TIER_DOWN)
 _NOTHING_COMES = Coming(0, MissReason.TIER_DOWN)
 _NO_LEASE = Lease(0, ())
@@ -211,6 +213,22 @@ class ClientService:
             self._talk.inquiries.forget_hints()
             self._talk.send(wire.Commit(reservation=grant, keys=wire.pack_keys(keys)))
 
+    def settle(self, keys: Sequence[BlockKey], deadline_s: float) -> bool:
+        """Ask whether the server can find these blocks; it answers after it has taken in what was sent before.
+
+        Other engines of the server find them from then on; what its tiers share with other servers is its own
+        affair.
+        """
+        self._require_open()
+        left_s = deadline_s
+        for first in range(0, len(keys), wire.MAX_KEYS):
+            some = keys[first : first + wire.MAX_KEYS]
+            answer, waited_s = self._ask_anew(some, left_s)
+            left_s -= waited_s
+            if answer is None or answer.reachable < len(some):
+                return False
+        return True
+
     def abort(self, reservation: Reservation) -> None:
         """Give back all slots of a reservation, nothing of it becoming visible."""
         self._require_open()
@@ -272,6 +290,19 @@ class ClientService:
         answer, waited_s = self._talk.ask(question, keys, make, self._left_s)
         self._left_s -= waited_s
         return answer
+
+    def _ask_anew(self, keys: Sequence[BlockKey], most_s: float) -> tuple[Match | None, float]:
+        """Look blocks up, not satisfied with what was asked before; return also for how long it was waited."""
+        if not self._talk.is_up:
+            return None, 0.0
+        answer, waited_s = self._talk.ask(
+            Question.about(wire.Lookup, keys, _SETTLING),
+            keys,
+            lambda number: wire.Lookup(id=number, keys=wire.pack_keys(keys)),
+            most_s,
+            is_urgent=True,
+        )
+        return (answer if isinstance(answer, Match) else None), waited_s
 
     def _settled(self, reservation: Reservation) -> int | None:
         """Return the server's id of a reservation that is settled now; None when there is nothing to settle."""

@@ -4,7 +4,7 @@ This is the composition: it owns the parts, hands the manager's transfers to the
 results back to the manager, and tells observers. It decides nothing about blocks itself.
 
 Threading: one thread calls every method. Tiers run on the mover's threads; what they drop on their own
-arrives through a queue. Nothing here waits for a tier after the constructor, except ``close``.
+arrives through a queue. Nothing here waits for a tier after the constructor, except ``settle`` and ``close``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.scan import Scan, ScanBatch, wait_for
 from kvferry.connector.service import HOST, Coming, Lease, Match, Reservation, ServiceEvent
 from kvferry.connector.tier import Outcome, TierContext, TierStats
+from kvferry.connector.visibility import Settling
 
 __all__ = ["EmbeddedService", "batch_blocks"]
 
@@ -44,7 +45,8 @@ _SCAN_WAIT_S = 5.0
 """Longest that the constructor waits to learn what the tiers hold; the rest comes with ``poll``."""
 _CLOSE_GRACE_S = 2.0
 """Time that threads and tiers have to end after the deadline of ``close``."""
-_CLOSE_POLL_S = 0.5
+_WAIT_POLL_S = 0.5
+"""How often a wait looks after deadlines while no tier reports anything."""
 _TRANSFER_BYTES = 8 << 20
 _MAX_TRANSFER_BLOCKS = 64
 _MAX_EVENTS = 65536
@@ -196,6 +198,24 @@ class EmbeddedService:
         now = self._now()
         self._submit(self._manager.commit(reservation.id, keys, now), now)
 
+    def settle(self, keys: Sequence[BlockKey], deadline_s: float) -> bool:
+        """Wait until a shared tier holds each of these blocks, having them written where need be.
+
+        What admission policies and deferred writes would keep back is written too. While it waits it does what
+        ``poll`` does. Without a shared tier there is nothing to wait for.
+        """
+        settling = Settling(keys)
+        deadline = time.monotonic() + deadline_s
+        while True:
+            now = self._now()
+            self._submit(self._manager.settle(settling, now), now)
+            if not settling.waiting:
+                return not settling.lost
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._poll(wait_s=min(left, _WAIT_POLL_S))
+
     def abort(self, reservation: Reservation) -> None:
         """Give back all slots of a reservation, nothing of it becoming visible."""
         self._require_open()
@@ -283,7 +303,7 @@ class EmbeddedService:
             self._submit(self._manager.flush(), self._clock())
             if not self._mover.has_pending():
                 break
-            self._poll(wait_s=min(left, _CLOSE_POLL_S))
+            self._poll(wait_s=min(left, _WAIT_POLL_S))
         for name in self._manager.uncleared_tiers:
             self._logger.error(
                 "tier %r may still hold blocks that were to be forgotten: empty it before its next use", name

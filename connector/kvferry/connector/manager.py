@@ -9,7 +9,7 @@ which brings it back without a load. Parts: ``pool`` (slots), ``residency`` (whi
 ``host`` (how blocks enter and leave the arena), ``policy`` (who is evicted), ``leases`` (who may touch
 which slots, until when), ``lower`` (the tiers below), ``loads`` (blocks coming
 from them), ``stores`` (blocks going to them), ``questions`` (what others put into them), ``flights``
-(transfers under way).
+(transfers under way), ``visibility`` (blocks that others are to find).
 
 Owned by one thread. ``now`` is monotonic time in seconds and never goes backwards between calls.
 """
@@ -40,6 +40,7 @@ from kvferry.connector.spill import Spills
 from kvferry.connector.stores import Stores
 from kvferry.connector.tally import Counters, Occupancy
 from kvferry.connector.tier import Outcome
+from kvferry.connector.visibility import Settling, Visibility
 
 __all__ = ["BlockManager", "Counters", "LowerTierSpec", "ManagerOptions", "Occupancy", "Prefetch"]
 
@@ -123,6 +124,7 @@ class BlockManager:
             self._pool, self._residency, spills, self._flights, self._counters, options.retry_failed_s
         )
         self._questions = Questions(self._lower, self._residency, self._flights, options.absent_s)
+        self._visibility = Visibility(self._lower, self._residency, self._stores)
 
     # Lookups and leases
 
@@ -264,6 +266,10 @@ class BlockManager:
         admitted = [key for key, _ in self._host.admit(filled)]
         self._counters.saved += len(admitted)
         return [store for tier in self._lower.all() for store in self._stores.arrived(tier, admitted)]
+
+    def settle(self, settling: Settling, now: float) -> list[Transfer]:
+        """Go on with a wait for blocks to become visible to others; plan the stores that this takes."""
+        return self._visibility.advance(settling, now)
 
     def abort(self, reservation_id: int) -> None:
         """Give back the slots of a reservation; unknown ones are ignored."""

@@ -3,9 +3,9 @@
 ``embedded.EmbeddedService`` implements it inside the engine's scheduler process, ``client.ClientService`` on top
 of a cache server. The engine side (``kvferry.engines.session``) sees nothing else.
 
-Threading: one thread, the engine's scheduler, calls every method. None of them waits for a tier; a client waits
-for its server at most ``answer_budget_s`` between two calls of ``poll``. What happens meanwhile becomes visible at
-the next ``poll``.
+Threading: one thread, the engine's scheduler, calls every method. None of them waits for a tier, but ``settle``
+and ``close``; a client waits for its server at most ``answer_budget_s`` between two calls of ``poll``. What happens
+meanwhile becomes visible at the next ``poll``.
 """
 
 from __future__ import annotations
@@ -170,6 +170,20 @@ class CacheService(Protocol):
 
         A reservation that has expired is ignored: its slots come back only through this call or
         ``abort``, never to a second owner before it.
+        """
+
+    def settle(self, keys: Sequence[BlockKey], deadline_s: float) -> bool:
+        """Wait until these committed blocks can be found by whoever shares this cache.
+
+        For an engine that prefills for others, after ``commit`` and before they are told; at most once a step,
+        which waits for it.
+
+        Args:
+            keys: Blocks, in any order; those of several prompts may be asked for together.
+            deadline_s: Longest wait.
+
+        Returns:
+            False if some of them cannot be found, for whatever reason; they may still become visible later.
         """
 
     def abort(self, reservation: Reservation) -> None:

@@ -46,6 +46,11 @@ class Spill:
             del self.waiting[key]
         return keys
 
+    def forget(self, keys: Iterable[BlockKey]) -> None:
+        """Note that blocks no longer wait, if they did."""
+        for key in keys:
+            self.waiting.pop(key, None)
+
 
 class Spills:
     """The tiers' spills together, as the arena's eviction sees them.

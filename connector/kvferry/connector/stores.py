@@ -86,6 +86,16 @@ class Stores:
         """Return the stores of whatever waits, as far as the tiers' queues have room."""
         return [store for tier in tiers if tier.is_usable for store in self._plan(tier)]
 
+    def demanded(self, tier: LowerTier, keys: Sequence[BlockKey]) -> list[Transfer]:
+        """Return the stores of blocks that are to be there whatever the tier's admission policy says.
+
+        The blocks are in the arena and not on their way to the tier. Those that its queue has no room for now are
+        left out.
+        """
+        keys = keys[: tier.room_blocks]
+        tier.spill.forget(keys)
+        return self._write(tier, keys)
+
     def settle(self, tier: LowerTier, transfer: Transfer) -> None:
         """Note that a store is no longer under way."""
         tier.storing.difference_update(transfer.keys)
@@ -104,7 +114,10 @@ class Stores:
 
     def _plan(self, tier: LowerTier) -> list[Transfer]:
         """Plan to store what waits for a tier, as much as its queue has room for."""
-        blocks = [(key, self._residency.arena[key]) for key in tier.spill.take(tier.room_blocks)]
+        return self._write(tier, tier.spill.take(tier.room_blocks))
+
+    def _write(self, tier: LowerTier, keys: Sequence[BlockKey]) -> list[Transfer]:
+        blocks = [(key, self._residency.arena[key]) for key in keys]
         tier.storing.update(key for key, _ in blocks)
         for _, slot in blocks:
             self._pool.pin(slot)

@@ -25,6 +25,7 @@ PREFIXES = [chain(seed, length) for seed in range(3) for length in (1, 2, 4)]
 OWNERS = ("a", "b", "c")
 PAUSES_S = (0.0, 0.005, 0.03, 0.3, 1.5)
 DELAYS_S = (0.0, 0.0001, 0.0015, 0.01, 0.1, 2.0, None)
+DEADLINES_S = (0.0, 0.005, 0.5)
 FIELDS = ("id", "slots", "ready", "blocks", "indices")
 UNASKED = (wire.Goodbye(), wire.Pong(id=1), wire.Refused(code="internal", why="so", is_mistake=False))
 ROUNDING_S = 1e-4
@@ -39,6 +40,8 @@ class ClientWorld:
         self.client = connect(self.server)
         self.leases: list[tuple[str, Lease]] = []
         self.reservations: list[Reservation] = []
+        self.allowed_s = 0.0
+        """What the step may wait beyond its budgets, because it settled."""
 
     def close(self) -> None:
         """Let everything become well again; then the server must hold what the engine does, and no more."""
@@ -52,14 +55,14 @@ class ClientWorld:
         self.client.close(1.0)
 
     def check(self) -> None:
-        assert self.server.waited_s <= BUDGET_S + LEASE_BUDGET_S + ROUNDING_S
+        assert self.server.waited_s <= BUDGET_S + LEASE_BUDGET_S + self.allowed_s + ROUNDING_S
         assert (self.client.arena is None) == all(link.is_closed for link in self.server.links)
 
     # The engine
 
     def step(self, seconds: float) -> None:
         self.server.clock.now += seconds
-        self.server.waited_s = 0.0
+        self.server.waited_s = self.allowed_s = 0.0
         self.client.poll()
         assert self.server.waited_s == 0, "taking in does not wait"
 
@@ -101,6 +104,13 @@ class ClientWorld:
                 self.client.commit(reservation, [place.key for place in reservation.places])
             else:
                 self.client.abort(reservation)
+
+    def show(self, keys: list[BlockKey], deadline_s: float) -> None:
+        """Settle in the sense of the service: others are to find what was committed."""
+        self.allowed_s += deadline_s
+        is_honest = self.server.distort is None
+        if self.client.settle(keys, deadline_s) and is_honest:
+            assert set(keys) <= self.server.held, "others are told of what is not there"
 
     def clear(self) -> None:
         self.client.clear()
@@ -187,6 +197,10 @@ class ClientMachine(RuleBasedStateMachine):
     def release_owner(self, owner: str) -> None:
         self.world.release_owner(owner)
 
+    @rule(keys=st.sampled_from(PREFIXES), deadline_s=st.sampled_from(DEADLINES_S))
+    def show(self, keys: list[BlockKey], deadline_s: float) -> None:
+        self.world.show(keys, deadline_s)
+
     @rule()
     def clear(self) -> None:
         self.world.clear()
@@ -229,6 +243,7 @@ def move(world: ClientWorld, chance: random.Random) -> None:
         lambda: world.reserve(owner, keys): 10,
         lambda: world.load_finished(pick, is_good): 6,
         lambda: world.settle(pick, is_good): 6,
+        lambda: world.show(keys, chance.choice(DEADLINES_S)): 6,
         lambda: world.release_owner(owner): 3,
         lambda: world.evict(keys): 4,
         world.heal: 4,
