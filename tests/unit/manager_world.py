@@ -21,6 +21,7 @@ from kvferry.connector.plan import Direction, Transfer, TransferResult
 from kvferry.connector.policy import POLICIES
 from kvferry.connector.service import HOST, Lease, Match, MissReason, Reservation
 from kvferry.connector.tier import Outcome
+from kvferry.connector.visibility import Settling
 
 NUM_SLOTS = 5
 LEASE_S = 10.0
@@ -106,6 +107,9 @@ class World:
         self.promoted = 0
         self.declined = 0
         self.found_by_asking = 0
+        self.shown = 0
+        self.was_common: set[BlockKey] = set()
+        """Blocks that others could find in the shared tier since the last clear; it may have dropped them."""
         self.manager = BlockManager(
             NUM_SLOTS,
             POLICIES[policy](),
@@ -302,8 +306,29 @@ class World:
             for held in self.held.values():
                 held.discard(key)
 
+    def show(self, keys: list[BlockKey]) -> None:
+        """An engine waits until others find blocks; meanwhile the shared tier works well."""
+        settling = Settling(keys)
+        while True:
+            transfers = self.manager.settle(settling, self.now)
+            assert {(one.tier, one.direction) for one in transfers} <= {("common", Direction.STORE)}
+            self.submit(transfers)
+            if not settling.waiting:
+                break
+            stores = [
+                flight
+                for flight in self.flights
+                if (flight.transfer.tier, flight.transfer.direction) == ("common", Direction.STORE)
+            ]
+            assert stores, "it waits for nothing"
+            self.transfer_ends(self.flights.index(stores[0]), [])
+        visible = set(keys) - set(settling.lost)
+        assert visible <= self.was_common, "others are told of what they cannot find"
+        self.shown += len(visible)
+
     def clear(self) -> None:
         self.epoch += 1
+        self.was_common.clear()
         self.good.clear()
         self.held.clear()
         self.waiting.clear()
@@ -424,6 +449,7 @@ class World:
                 transfer.tier != "common" or flight.epoch == self.epoch
             ):  # else it goes there under another key
                 self.stored[transfer.tier].setdefault(key, bytes(self.contents[slot]))
+                self.was_common.update([key] if transfer.tier == "common" else [])
             yield Outcome.FAILED if fault else Outcome.OK
 
     def tier_deletes(self, flight: Flight, faults: list[str]) -> Iterator[Outcome]:
@@ -449,6 +475,7 @@ class World:
         """Another engine computes blocks and puts them into the shared tier."""
         for key in keys:
             self.stored["common"].setdefault(key, block_bytes(key, self.epoch))
+            self.was_common.add(key)
 
     def tier_reports_eviction(self) -> None:
         if not self.unreported:
@@ -561,6 +588,7 @@ ACTIONS: tuple[tuple[int, Callable[[World, Random], None]], ...] = (
     (4, lambda w, r: w.commit(_pick(r), r.randrange(6))),
     (1, lambda w, r: w.abort(_pick(r))),
     (1, lambda w, r: w.report_load_failed(_some_prefix(r)[:1])),
+    (2, lambda w, r: w.show(_some_prefix(r))),
     (1, lambda w, r: w.clear()),
     (3, lambda w, r: w.time_passes(r.choice(TIMES_S))),
     (2, lambda w, r: w.tier_is_half_way(_pick(r))),

@@ -27,6 +27,7 @@ from kvferry.connector.plan import Transfer
 from kvferry.connector.policy import POLICIES
 from kvferry.connector.pool import SlotPool
 from kvferry.connector.service import Reservation
+from kvferry.connector.visibility import Visibility
 
 PREFIXES = st.builds(prefix, st.integers(0, 1), st.sampled_from([0, 0, 0, 1, 2, 4]), st.integers(1, 5))
 PICK = st.integers(0, 1 << 16)
@@ -61,6 +62,7 @@ class ManagerMachine(World, RuleBasedStateMachine):
     commit = with_writers(rule(pick=PICK, count=st.integers(0, 5))(World.commit))
     abort = with_writers(rule(pick=PICK)(World.abort))
     report_load_failed = rule(keys=PREFIXES)(World.report_load_failed)
+    show = rule(keys=PREFIXES)(World.show)
     clear = rule()(World.clear)
     time_passes = rule(seconds=st.sampled_from(TIMES_S))(World.time_passes)
     tier_is_half_way = with_flights(rule(pick=PICK)(World.tier_is_half_way))
@@ -107,7 +109,7 @@ def test_the_manager_keeps_its_promises_on_long_walks() -> None:
         totals.update(evictions=counters.evictions, void=counters.void_commits, clears=world.epoch)
         totals.update(duplicates=counters.duplicates, leases=counters.expired_leases)
         totals.update(promoted=world.promoted, asked=world.found_by_asking, lost=counters.lost_writes)
-        totals.update(declined=world.declined)
+        totals.update(declined=world.declined, shown=world.shown)
         totals.update(shed=sum(counters.shed.values()), skipped=sum(counters.skipped.values()))
     rare = {name: count for name, count in totals.items() if count < 10}
     assert not rare, "these happen too seldom for the walks to prove anything about them"
@@ -214,6 +216,10 @@ def failed_stores_are_taken_for_absent(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LowerTier, "doubt", lambda self, keys: None)
 
 
+def what_is_on_its_way_is_taken_for_visible(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Visibility, "_is_visible", lambda self, key: key in self._shared[0].storing)
+
+
 def walk_often(times: int, steps: int) -> None:
     for seed in range(times):
         walk(seed, steps)
@@ -237,6 +243,7 @@ def walk_often(times: int, steps: int) -> None:
         generations_stand_still,
         failed_stores_are_taken_for_absent,
         waiting_owners_are_forgotten,
+        what_is_on_its_way_is_taken_for_visible,
     ],
 )
 def test_a_broken_rule_is_found(
