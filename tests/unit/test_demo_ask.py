@@ -25,14 +25,14 @@ process_start_time_seconds 1.79e+09
 
 def test_metrics_are_told_apart_by_tier_and_summed_over_other_labels() -> None:
     metrics = ask.parse_metrics(PAGE)
-    assert metrics.total("kvferry_loaded_bytes_total", "disk") == 76_677_120
-    assert metrics.total("kvferry_loaded_bytes_total", "s3") == 5
+    assert metrics.total("kvferry_loaded_bytes_total", tier="disk") == 76_677_120
+    assert metrics.total("kvferry_loaded_bytes_total", tier="s3") == 5
     assert metrics.total("kvferry_requests_total") == 5
     assert metrics.total("process_start_time_seconds") == 1.79e9
 
 
 def test_a_metric_that_was_never_counted_is_zero() -> None:
-    assert ask.parse_metrics(PAGE).total("kvferry_refusals_total", "disk") == 0
+    assert ask.parse_metrics(PAGE).total("kvferry_refusals_total", tier="disk") == 0
 
 
 def test_the_document_comes_with_the_package_and_holds_the_answers() -> None:

@@ -57,24 +57,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A reading of ``/metrics``: values by name and the label ``tier`` (empty where there is none)."""
+    """A reading of ``/metrics``: each sample's name, labels and value."""
 
-    values: dict[tuple[str, str], float]
+    samples: tuple[tuple[str, dict[str, str], float], ...]
 
-    def total(self, name: str, tier: str = "") -> float:
-        """Return a metric's value, summed over its other labels; 0 if it was never counted."""
-        return self.values.get((name, tier), 0.0)
+    def total(self, name: str, **labels: str) -> float:
+        """Return a metric's value, summed over all samples that have these labels; 0 if it was never counted."""
+        return sum(
+            value for found, has, value in self.samples if found == name and labels.items() <= has.items()
+        )
 
 
 def parse_metrics(text: str) -> Metrics:
     """Read Prometheus' text format, as far as the demo needs it."""
-    values: dict[tuple[str, str], float] = {}
-    for line in text.splitlines():
-        if match := _SAMPLE.match(line):
-            labels = dict(_LABEL.findall(match["labels"] or ""))
-            key = (match["name"], labels.get("tier", ""))
-            values[key] = values.get(key, 0.0) + float(match["value"])
-    return Metrics(values)
+    matches = filter(None, map(_SAMPLE.match, text.splitlines()))
+    return Metrics(
+        tuple(
+            (match["name"], dict(_LABEL.findall(match["labels"] or "")), float(match["value"]))
+            for match in matches
+        )
+    )
 
 
 class Client:
@@ -108,8 +110,8 @@ class Client:
         before = self.metrics()
         answer = self.ask(question)
 
-        def grown(after: Metrics, name: str, tier: str = "") -> float:
-            return after.total(name, tier) - before.total(name, tier)
+        def grown(after: Metrics, name: str, **labels: str) -> float:
+            return after.total(name, **labels) - before.total(name, **labels)
 
         after = self.metrics_when(
             lambda now: grown(now, "kvferry_lookup_tokens_total") >= answer.prompt_tokens,
@@ -117,7 +119,7 @@ class Client:
         )
         return replace(
             answer,
-            disk_bytes=grown(after, "kvferry_loaded_bytes_total", "disk"),
+            disk_bytes=grown(after, "kvferry_loaded_bytes_total", tier="disk"),
             engine_bytes=grown(after, "kvferry_scattered_bytes_total"),
         )
 

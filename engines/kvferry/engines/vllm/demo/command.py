@@ -6,15 +6,15 @@ import contextlib
 import signal
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from kvferry.engines.vllm.demo import model
+from kvferry.engines.vllm.demo import disaggregated, model
 from kvferry.engines.vllm.demo.ask import QUESTIONS, Answer, Client, Metrics
-from kvferry.engines.vllm.demo.report import Row, Run
+from kvferry.engines.vllm.demo.handoff_report import HandoffRun
+from kvferry.engines.vllm.demo.report import Row, Run, tell
 from kvferry.engines.vllm.demo.server import Device, Server, connector_flags, find_device
 
 __all__ = ["command"]
@@ -31,7 +31,13 @@ NEEDED_GIB = 6
     metavar="DIR",
     help="Keep the disk tier in DIR, which must be new or empty. Without it, everything is removed.",
 )
-def command(keep: Path | None) -> None:
+@click.option(
+    "--disaggregated",
+    "hands_over",
+    is_flag=True,
+    help="Run two engines instead: one reads the document, hands its KV over, and the other one answers.",
+)
+def command(keep: Path | None, hands_over: bool) -> None:
     """See kvferry work: a real vLLM answers questions about a long document.
 
     \b
@@ -54,9 +60,16 @@ def command(keep: Path | None) -> None:
 
     Exits with 1 if an answer differs, if nothing was reused or, on a CPU, if the first token for the same prompt
     is not 10 times sooner from DRAM and 5 times sooner after the restart.
+
+    With --disaggregated a router asks a prefill and a decode engine, which run beside each other on this machine. A
+    table shows the time to the first token against that of the decode engine alone, how long the handoff took, what
+    it moved, by which transport, and whether the answers are the same. It needs 10 GiB of free memory, and exits
+    with 1 if an answer differs or if nothing was handed over.
     """
+    if hands_over and keep is not None:
+        raise click.UsageError("--disaggregated has no disk tier, so there is nothing to --keep")
     device = find_device()
-    _check_memory()
+    _check_memory(disaggregated.NEEDED_GIB if hands_over else NEEDED_GIB)
     _leave_cleanly_on_signals()
     cache_dir = model.default_cache_dir()
     click.echo(f"{device.vllm} on the {device.name.upper()}, {model.NAME}; one document, three questions:")
@@ -64,17 +77,27 @@ def command(keep: Path | None) -> None:
         click.echo(f"   {number}  {question}")
     checkpoint = model.prepare(cache_dir)
 
-    with (
-        _disk_directory(keep, cache_dir.parent) as disk,
-        tempfile.TemporaryDirectory(prefix="kvferry-") as scratch,
-    ):
-        run = _measure(checkpoint, device, disk, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="kvferry-") as scratch:
+        if hands_over:
+            run: Run | HandoffRun = disaggregated.measure(checkpoint, device, Path(scratch))
+        else:
+            with _disk_directory(keep, cache_dir.parent) as disk:
+                run = _measure(checkpoint, device, disk, Path(scratch))
+    _conclude(run, "the decode engine gives alone" if hands_over else "vLLM gives without a cache")
+
+
+def _conclude(run: Run | HandoffRun, expected: str) -> None:
+    """Print what a run found out.
+
+    Raises:
+        click.ClickException: Something is not as it must be.
+    """
     click.echo()
     for line in run.lines():
         click.echo(line)
     if problems := list(run.problems()):
         raise click.ClickException("\n       ".join(problems))
-    click.echo("\nEvery answer is the one vLLM gives without a cache.")
+    click.echo(f"\nEvery answer is the one {expected}.")
 
 
 def _measure(checkpoint: Path, device: Device, disk: Path, scratch: Path) -> Run:
@@ -119,16 +142,12 @@ def _ask_again(ask: Callable[[str], Answer], expected: Answer) -> Answer:
 
 
 def _ask(ask: Callable[[str], Answer], number: int, question: str) -> Answer:
-    answer = ask(question)
-    said = textwrap.shorten(answer.text, 64, placeholder=" ...")
-    reused = f"{answer.reused_tokens} of {answer.prompt_tokens} tokens reused"
-    click.echo(f"   {number}  first token after {answer.first_token_s:.2f} s, {reused}: {said}")
-    return answer
+    return tell(number, ask(question))
 
 
 def _is_on_disk(metrics: Metrics) -> bool:
-    in_dram = metrics.total("kvferry_tier_blocks", "host")
-    return 0 < in_dram <= metrics.total("kvferry_tier_blocks", "disk")
+    in_dram = metrics.total("kvferry_tier_blocks", tier="host")
+    return 0 < in_dram <= metrics.total("kvferry_tier_blocks", tier="disk")
 
 
 @contextlib.contextmanager
@@ -149,13 +168,13 @@ def _check_empty(directory: Path | None) -> Path | None:
     return directory
 
 
-def _check_memory() -> None:
+def _check_memory(needed_gib: int) -> None:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) / (1 << 20)
-            if available < NEEDED_GIB:
+            if available < needed_gib:
                 raise click.ClickException(
-                    f"{available:.1f} GiB of memory are available; the demo needs {NEEDED_GIB} GiB"
+                    f"{available:.1f} GiB of memory are available; the demo needs {needed_gib} GiB"
                 )
 
 

@@ -6,14 +6,24 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import click
+
 from kvferry.connector.cli.output import table
 from kvferry.engines.vllm.demo.ask import Answer
 
-__all__ = ["DISK_GOAL", "DRAM_GOAL", "Row", "Run"]
+__all__ = ["DISK_GOAL", "DRAM_GOAL", "Row", "Run", "tell"]
 
 DRAM_GOAL = 10.0
 DISK_GOAL = 5.0
 QUESTION_WIDTH = 34
+
+
+def tell(number: int, answer: Answer) -> Answer:
+    """Print a line about an answer as soon as it is there, and return it."""
+    said = textwrap.shorten(answer.text, 64, placeholder=" ...")
+    reused = f"{answer.reused_tokens} of {answer.prompt_tokens} tokens reused"
+    click.echo(f"   {number}  first token after {answer.first_token_s:.2f} s, {reused}: {said}")
+    return answer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import click
 
 from kvferry.engines.vllm.demo.process import ProcessGroup
 
-__all__ = ["Device", "Server", "connector_flags", "find_device", "open_local"]
+__all__ = ["Device", "Server", "connector_flags", "find_device", "free_port", "handoff_flags", "open_local"]
 
 MODEL_NAME = "demo"
 CONTEXT_TOKENS = 2048
@@ -90,21 +90,35 @@ def find_device() -> Device:
 
 def connector_flags(disk_directory: Path) -> list[str]:
     """Return the one flag that switches kvferry on in vLLM, with a host and a disk tier."""
+    disk = {"type": "disk", "path": str(disk_directory), "capacity": "2GiB"}
+    return _transfer_flags("kv_both", {"host": {"capacity": "1GiB"}, "tiers": [disk]})
+
+
+def handoff_flags(role: str) -> list[str]:
+    """Return the one flag that makes an engine hand pages over (``kv_producer``) or take them (``kv_consumer``)."""
+    return _transfer_flags(role, {"host": {"capacity": "256MiB"}})
+
+
+def _transfer_flags(role: str, options: dict[str, object]) -> list[str]:
     return [
         "--kv-transfer-config",
         json.dumps(
             {
                 "kv_connector": "KVFerryConnector",
                 "kv_connector_module_path": "kvferry.engines.vllm",
-                "kv_role": "kv_both",
+                "kv_role": role,
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {
-                    "host": {"capacity": "1GiB"},
-                    "tiers": [{"type": "disk", "path": str(disk_directory), "capacity": "2GiB"}],
-                },
+                "kv_connector_extra_config": options,
             }
         ),
     ]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class Server:
@@ -127,9 +141,7 @@ class Server:
         self._title = title
         self._directory = directory
         self._processes: ProcessGroup | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -181,6 +193,11 @@ class Server:
         """Send SIGKILL to every process of the engine and wait until all are gone."""
         if self._processes is not None:
             self._processes.kill()
+
+    def logged(self, words: str) -> list[str]:
+        """Return what the engine's log says after these words, wherever it has them."""
+        lines = (self._directory / "vllm.log").read_text(errors="replace").splitlines()
+        return [line.partition(words)[2].strip() for line in lines if words in line]
 
     def _wait_until_healthy(self, processes: ProcessGroup) -> None:
         started = time.monotonic()

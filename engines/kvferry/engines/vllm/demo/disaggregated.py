@@ -1,0 +1,161 @@
+"""``kvferry demo --disaggregated``: one engine reads the document, another one answers, a router sits in front.
+
+The decode engine starts first and alone. What the router then gets from it, while no prefill engine is there, is
+what the handed-over answers are compared with: the same engine, the same way to it, everything computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from kvferry.engines.vllm.demo.ask import QUESTIONS, Client, Metrics
+from kvferry.engines.vllm.demo.handoff_report import Handed, HandoffRow, HandoffRun
+from kvferry.engines.vllm.demo.process import ProcessGroup
+from kvferry.engines.vllm.demo.report import tell
+from kvferry.engines.vllm.demo.server import Device, Server, free_port, handoff_flags, open_local
+
+__all__ = ["NEEDED_GIB", "ask_handed_over", "measure", "router_file", "running_router"]
+
+NEEDED_GIB = 10
+"""Resident size of two engines with this model (4.4 GiB each) and their arenas."""
+
+ROUTER_DEADLINE_S = 30.0
+READ_THROUGH = "are read through "
+"""What the decode engine logs before the transport that it chose."""
+
+
+def measure(checkpoint: Path, device: Device, scratch: Path) -> HandoffRun:
+    """Run both engines and the router, and ask every question without and with the handoff.
+
+    Raises:
+        click.ClickException: One of them did not start, ended, or handed nothing over.
+    """
+    prefill = Server(
+        "2. prefill engine", checkpoint, device, handoff_flags("kv_producer"), scratch / "prefill"
+    )
+    flags = handoff_flags("kv_consumer")
+    with (
+        Server("1. decode engine", checkpoint, device, flags, scratch / "decode") as decode,
+        running_router([prefill.url], [decode.url], scratch / "router.log") as url,
+    ):
+        click.echo(
+            "   through the router, which finds no prefill engine: the decode engine computes everything"
+        )
+        router = Client(url)
+        router.warm_up()
+        alone = [tell(number, router.ask(question)) for number, question in enumerate(QUESTIONS, start=1)]
+        with prefill:
+            click.echo(
+                "   through the router: the prefill engine computes the prompt, the decode engine takes its KV"
+            )
+            Client(prefill.url).warm_up()
+            router.warm_up()  # its prompt is handed over as well, so the engines have met
+            handed = [
+                ask_handed_over(router, Client(decode.url), number) for number in range(1, len(QUESTIONS) + 1)
+            ]
+        transports = decode.logged(READ_THROUGH)
+    rows = tuple(map(HandoffRow, QUESTIONS, alone, handed))
+    return HandoffRun(rows, transports[-1] if transports else "")
+
+
+def ask_handed_over(router: Client, decode: Client, number: int) -> Handed:
+    """Ask through the router, and read from the decode engine what was handed over for the answer.
+
+    Args:
+        router: Where the question goes.
+        decode: Whose ``/metrics`` are read; asked for a word meanwhile, so that it publishes them.
+        number: Of the question, from 1.
+
+    Raises:
+        click.ClickException: There was no answer, or the decode engine did not count a handoff.
+    """
+    before = decode.metrics()
+    answer = tell(number, router.ask(QUESTIONS[number - 1]))
+
+    def grown(after: Metrics, name: str, **labels: str) -> float:
+        return after.total(name, **labels) - before.total(name, **labels)
+
+    after = decode.metrics_when(
+        lambda now: grown(now, "kvferry_handoffs_total", side="taken") > 0,
+        "the decode engine counting a handoff",
+    )
+    return Handed(
+        answer,
+        moved_bytes=grown(after, "kvferry_handoff_bytes_total"),
+        transfer_s=grown(after, "kvferry_handoff_seconds_sum"),
+    )
+
+
+def router_file() -> Path:
+    """Return the example router: a part of an installed kvferry, one of the examples in a clone.
+
+    Raises:
+        click.ClickException: It is in neither place.
+    """
+    here = Path(__file__)
+    places = (
+        here.with_name("router.py"),
+        here.parents[5] / "docs" / "examples" / "disaggregated" / "router.py",
+    )
+    for path in places:
+        if path.is_file():
+            return path
+    looked = " nor at ".join(map(str, places))
+    raise click.ClickException(
+        f"kvferry's example router is missing, neither at {looked}; install kvferry again"
+    )
+
+
+@contextlib.contextmanager
+def running_router(prefill: list[str], decode: list[str], log: Path) -> Iterator[str]:
+    """Run the example router and yield its URL.
+
+    Args:
+        prefill: URLs of engines, which need not be up.
+        decode: The same; one must be up.
+        log: Where its output goes.
+
+    Raises:
+        click.ClickException: It ended or was not ready after `ROUTER_DEADLINE_S`; or the body raised it, whereupon
+            the end of the log is shown.
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        str(router_file()),
+        "--port",
+        str(port),
+        "--prefill",
+        *prefill,
+        "--decode",
+        *decode,
+    ]
+    router = ProcessGroup(command, os.environ, log)
+    try:
+        _wait_until_ready(router, url)
+        yield url
+    except click.ClickException:
+        click.echo(f"The end of the router's log:\n{router.log_tail()}", err=True)
+        raise
+    finally:
+        router.stop(deadline_s=5.0)
+
+
+def _wait_until_ready(router: ProcessGroup, url: str) -> None:
+    deadline = time.monotonic() + ROUTER_DEADLINE_S
+    while True:
+        with contextlib.suppress(OSError), open_local(f"{url}/healthz", timeout=5):
+            return
+        if (status := router.exit_status()) is not None:
+            raise click.ClickException(f"the router ended with exit status {status}")
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"the router was not ready after {ROUTER_DEADLINE_S:.0f} s")
+        time.sleep(0.1)
