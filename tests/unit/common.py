@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -15,6 +16,7 @@ from kvferry.connector.tier import Capabilities, Frame, Outcome, TierContext, Ti
 
 PLACES: dict[str, MemoryTier] = {}
 CAPACITY_BYTES = 64 << 20
+STUCK_S = 30.0
 
 
 class CommonOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +33,9 @@ class CommonTier:
         self._place = PLACES.setdefault(options.place, MemoryTier(CAPACITY_BYTES, quiet))
         self.questions: list[int] = []
         self.is_dead = False
+        self.may_store = threading.Event()
+        """While it is clear, stores wait."""
+        self.may_store.set()
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         self.questions.append(len(keys))
@@ -40,6 +45,7 @@ class CommonTier:
         return self._alive().load(into)
 
     def store(self, frames: Sequence[Frame]) -> list[Outcome]:
+        self.may_store.wait(STUCK_S)
         return self._alive().store(frames)
 
     def delete(self, keys: Sequence[BlockKey]) -> None:
@@ -57,7 +63,7 @@ class CommonTier:
         return msgspec.structs.replace(self._place.stats(), capacity_bytes=None)
 
     def close(self) -> None:
-        pass
+        self.may_store.set()
 
 
 def open_slow(options: CommonOptions, context: TierContext) -> SlowTier:

@@ -15,6 +15,7 @@ from kvferry.connector.client import ClientService
 from kvferry.connector.config import Config, HostConfig
 from kvferry.connector.errors import AccessRefused
 from kvferry.connector.joining import JoinRefused
+from kvferry.connector.keys import BlockKey
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.server.config import ServerConfig, ServerSettings
 from kvferry.connector.server.running import CacheServer
@@ -91,6 +92,26 @@ def test_an_engine_is_warm_from_another(machine: Machine) -> None:
     record = second.run(prompt(4))
     assert record.loaded_tokens == 4 * BLOCK
     assert record.matched_tokens == {"host": 4 * BLOCK}
+
+
+@contextlib.contextmanager
+def closing(client: ClientService) -> Iterator[ClientService]:
+    yield client
+    client.close(1.0)
+
+
+def test_what_one_client_has_settled_another_finds_at_once(machine: Machine) -> None:
+    machine.start()
+    with closing(machine.client()) as first, closing(machine.client()) as second:
+        keys = [BlockKey(bytes([number]) * 32) for number in range(8)]
+        reservation = first.reserve("r", keys)
+        assert reservation is not None
+        assert not first.settle(keys, DEADLINE_S), "reserved is not committed"
+        first.commit(reservation, keys)
+        assert first.settle(keys, DEADLINE_S)
+        assert second.lookup(keys).ready == 8
+        machine.stop()
+        assert not first.settle(keys, DEADLINE_S)
 
 
 def test_a_server_that_restarts_is_found_again(machine: Machine) -> None:

@@ -60,22 +60,25 @@ def test_without_a_settle_what_admission_keeps_back_is_not_found(start: Start, p
 
 
 def test_it_waits_no_longer_than_its_deadline_and_the_blocks_come_later(start: Start, place: Place) -> None:
-    first, second, keys = start(slow(place)), start(place), prefix(4)
-    slow_tier(first).delay_s = 0.5
+    first, second, keys = start(place), start(place), prefix(4)
+    common_tier(first).may_store.clear()
     first.save(keys)
     is_visible, seconds = timed(lambda: first.service.settle(keys, 0.05))
     assert not is_visible
-    assert 0.04 < seconds < 0.5
+    assert 0.04 < seconds < LONG_S / 2
+    common_tier(first).may_store.set()
     assert first.wait_until(lambda: common_tier(second).contains(keys) == [True] * 4)
-    assert first.service.settle(keys, 0.0), "what is visible needs no time"
+    assert first.service.settle(keys, LONG_S)
 
 
 def test_without_time_it_still_has_the_blocks_written(start: Start, place: Place) -> None:
-    first, second, keys = start(slow(place, admission="second-touch")), start(place), prefix(4)
-    slow_tier(first).delay_s = DELAY_S
+    first, second, keys = start(place | {"admission": "second-touch"}), start(place), prefix(4)
+    common_tier(first).may_store.clear()
     first.save(keys)
     assert not first.service.settle(keys, 0.0)
+    common_tier(first).may_store.set()
     first.settle()
+    assert first.service.settle(keys, 0.0), "what is visible needs no time"
     assert fetch(second, keys) == 4
 
 
@@ -91,14 +94,14 @@ def test_a_tier_that_fails_ends_the_wait(start: Start, place: Place) -> None:
 
 def test_without_a_shared_tier_it_returns_at_once() -> None:
     keys = prefix(4)
-    worker = Worker(tiers=[wrapped(rate=1.0, modes=["slow"], slow_s=0.5)])
+    worker = Worker(tiers=[wrapped(rate=1.0, modes=["slow"], slow_s=LONG_S)])
     try:
         worker.save(keys)
         is_visible, seconds = timed(lambda: worker.service.settle(keys, LONG_S))
         assert is_visible
-        assert seconds < 0.4
+        assert seconds < LONG_S / 2
     finally:
-        worker.close()
+        worker.close(0.0)
 
 
 def test_it_sleeps_while_it_waits(start: Start, place: Place) -> None:
