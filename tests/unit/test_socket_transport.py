@@ -234,6 +234,25 @@ def test_there_are_only_so_many_readers(monkeypatch: pytest.MonkeyPatch) -> None
         second.close()
 
 
+def test_somebody_who_says_nothing_costs_no_more_than_the_deadline() -> None:
+    giver, taker = even_ranks()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        offer = Offer(
+            version=socket_wire.VERSION, host="127.0.0.1", port=port, incarnation=bytes(16)
+        ).encode()
+        started = time.monotonic()
+        with pytest.raises(HandoffFailed) as failed:
+            SOCKET.connect(giver.remote(socket=offer), offer, taker.memory, context(), soon(0.1))
+        assert failed.value.reason == "timeout"
+        assert time.monotonic() - started < 5.0
+
+
+def test_an_ipv6_address_is_offered_as_it_is() -> None:
+    offer = Offer(version=socket_wire.VERSION, host="::1", port=4711, incarnation=bytes(16))
+    assert Offer.decode(offer.encode()) == (offer, Address(scheme="tcp", host="::1", port=4711))
+
+
 # Heads
 
 
@@ -433,33 +452,29 @@ def said_to(sock: socket.socket, stream: bytes) -> threading.Thread:
     return thread
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(stream=STREAMS)
 def test_whatever_a_reader_asks_for_only_its_own_connection_ends(stream: bytes) -> None:
     here, there = socket.socketpair()
     saying = said_to(there, stream)
-    channel = Channel(here)
-    with pytest.raises((WireError, OSError)):
-        socket_exporter.answer(channel, OPENING, GIVER.memory, INCARNATION)
-    channel.close()
+    with here, pytest.raises((WireError, OSError)):
+        socket_exporter.answer(Channel(here), OPENING, GIVER.memory, INCARNATION)
     saying.join(10.0)
     assert not saying.is_alive()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(body=st.binary(max_size=80), length=st.none() | st.integers(0, 2**32 - 1))
 def test_an_opening_that_is_none_is_refused(body: bytes, length: int | None) -> None:
     here, there = socket.socketpair()
     said = len(body) if length is None else length
     saying = said_to(there, said.to_bytes(4, "little") + body)
-    channel = Channel(here)
-    with pytest.raises((WireError, OSError)):
-        socket_wire.receive_opening(channel, soon())
-    channel.close()
+    with here, pytest.raises((WireError, OSError)):
+        socket_wire.receive_opening(Channel(here), soon())
     saying.join(10.0)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(verdicts=st.booleans(), stream=st.binary(max_size=300), repeated=st.integers(1, 2000))
 def test_whatever_an_exporter_answers_a_read_ends(verdicts: bool, stream: bytes, repeated: int) -> None:
     here, there = socket.socketpair()

@@ -320,6 +320,9 @@ class TransportTests:
                 offer[:middle],
                 offer[middle:],
                 offer + offer,
+                b"\x81\xa2\x00\x80\x01",  # a name that is no text
+                b"\x91" * MAX_OFFER_BYTES,  # lists in lists
+                b"\x81\xa4more" + b"\x91" * 10_000,
                 msgspec.msgpack.encode({}),
                 msgspec.msgpack.encode([1, "127.0.0.1", 1, b""]),
             ]

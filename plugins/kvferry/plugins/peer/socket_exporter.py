@@ -19,7 +19,7 @@ import time
 
 from kvferry.connector.address import Address
 from kvferry.connector.channel import Channel
-from kvferry.connector.errors import HandoffFailed, KVFerryError, WireError
+from kvferry.connector.errors import ConfigError, HandoffFailed, KVFerryError, WireError
 from kvferry.connector.server.access import Access
 from kvferry.connector.server.config import ServerConfig
 from kvferry.connector.server.listener import Client, Listener
@@ -37,7 +37,8 @@ IDLE_S = 600.0
 _REQUEST_S = 5.0
 _PIECE_S = 15.0
 """What a reader may take for a piece before it counts as gone."""
-_MOST_READERS = 64
+_MOST_READERS = 256
+"""Of each rank: every rank of every engine that decodes may be one."""
 _CLOSE_S = 5.0
 
 
@@ -59,12 +60,7 @@ class SocketExporter:
         self._is_closing = False
         self._channels: set[Channel] = set()
         try:
-            address = str(Address(scheme="tcp", host=context.host))
-            config = ServerConfig(listen=(address,), token=context.token, max_connections=_MOST_READERS)
-            self._listener: Listener[Opening] = Listener(
-                config, Access(config), self._serve, _ignore, logger, wire.receive_opening
-            )
-            self._listener.start()
+            self._listener = self._listen(context)
         except KVFerryError as error:
             why = f"cannot listen on {context.host} for readers of pages: {error}"
             raise HandoffFailed("transport", why) from error
@@ -91,6 +87,21 @@ class SocketExporter:
         with self._lock:
             if self._channels:
                 logger.error("%d readers of pages did not end in time", len(self._channels))
+
+    def _listen(self, context: TransportContext) -> Listener[Opening]:
+        address = Address(scheme="tcp", host=context.host)
+        if not address.is_loopback and not context.token:
+            raise ConfigError(
+                "peer.listen",
+                f"whoever reaches {context.host} could read what users wrote",
+                "set KVFERRY_TOKEN on every engine, or listen on tcp://127.0.0.1:0",
+            )
+        config = ServerConfig(listen=(str(address),), token=context.token, max_connections=_MOST_READERS)
+        access = Access(config)
+        access.warnings = ()  # the side channel, which listens on the same host, has said it all
+        listener = Listener(config, access, self._serve, _ignore, logger, wire.receive_opening)
+        listener.start()
+        return listener
 
     def _serve(self, client: Client[Opening]) -> None:
         """On the reader's thread, until it goes."""

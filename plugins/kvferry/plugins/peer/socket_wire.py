@@ -52,6 +52,7 @@ MOST_PAGES = 8192
 """Pages of one request."""
 _COUNT = struct.Struct("<I")
 _VERDICT = struct.Struct("<B")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 Incarnation = Annotated[bytes, msgspec.Meta(min_length=INCARNATION_BYTES, max_length=INCARNATION_BYTES)]
 
@@ -84,7 +85,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 )
             host = f"[{offer.host}]" if ":" in offer.host else offer.host
             return offer, parse_address(f"tcp://{host}:{offer.port}", "the peer's offer")
-        except (msgspec.MsgspecError, ConfigError) as error:
+        except (*_UNREADABLE, ConfigError) as error:
             raise WireError(f"the peer's offer is none: {error}") from error
 
 
@@ -133,7 +134,7 @@ def receive_opening(channel: Channel, deadline: float) -> Opening:
     length = message_length(channel.receive(LENGTH.size, deadline))
     try:
         return msgspec.msgpack.decode(channel.receive(length, deadline), type=Opening)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise WireError(f"a reader began with something else than an opening: {error}") from error
 
 
