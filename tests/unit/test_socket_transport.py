@@ -496,13 +496,14 @@ def test_whatever_an_exporter_answers_a_read_ends(verdicts: bool, stream: bytes,
     assert np.array_equal(taker.pages[untouched], TAKER.pages[untouched])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(offered=st.binary(max_size=200))
 def test_an_offer_that_is_none_is_refused(offered: bytes) -> None:
     with pytest.raises(WireError):
         Offer.decode(offered)
 
 
+@settings(max_examples=100, deadline=None)
 @given(
     host=st.text(max_size=300),
     port=st.integers(-1, 1 << 17),

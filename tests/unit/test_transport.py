@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_kit import Rank, even_ranks, misfits, random_rank, rank_over, two_ranks, vectors
 
@@ -152,6 +152,7 @@ def claims(draw: st.DrawFn, giver: Rank) -> RemotePages:
 GIVER, TAKER = even_ranks()
 
 
+@settings(deadline=None)
 @given(remote=claims(GIVER))
 def test_what_is_believed_lies_within_the_peers_own_memory(remote: RemotePages) -> None:
     """Whatever numbers a peer sends: it is refused, or no address that is computed from them leaves its allocation."""
