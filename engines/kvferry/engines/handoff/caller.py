@@ -170,8 +170,7 @@ class PeerCaller:
         Raises:
             HandoffFailed: ``timeout``, ``disconnected`` or ``incompatible``.
         """
-        names = [messages.LeaseName(request_id, reader) for request_id, reader in leases]
-        alive = self._ask(messages.Renew(leases=names), messages.Renewed, deadline).alive
+        alive = self._ask(messages.Renew(leases=list(leases)), messages.Renewed, deadline).alive
         with self._answers_checked():
             if len(alive) != len(leases):
                 raise WireError(f"it answered for {len(alive)} leases of {len(leases)}")

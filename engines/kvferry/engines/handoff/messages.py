@@ -34,7 +34,6 @@ __all__ = [
     "Digests",
     "DigestsAre",
     "Hello",
-    "LeaseName",
     "RefusalReason",
     "Refused",
     "Release",
@@ -120,18 +119,11 @@ class Claimed(_Message, tag="claimed"):
     """Page ids, 4 bytes each (little-endian), in the tokens' order; the same on every rank."""
 
 
-class LeaseName(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """A lease as a reader names it."""
-
-    request_id: Name
-    reader: Name
-
-
 class Renew(_Message, tag="renew"):
     """Renews leases."""
 
-    leases: Annotated[list[LeaseName], msgspec.Meta(min_length=1, max_length=MAX_LEASES)]
-    """Pairs of request and reader."""
+    leases: Annotated[list[tuple[Name, Name]], msgspec.Meta(min_length=1, max_length=MAX_LEASES)]
+    """Pairs of request and reader, each as in ``Claim``."""
 
 
 class Renewed(_Message, tag="renewed"):

@@ -194,8 +194,7 @@ class SideChannel:
             case messages.Claim():
                 return self._claim(request, now)
             case messages.Renew():
-                leases = request.leases
-                alive = [self._table.renew(lease.request_id, lease.reader, now) for lease in leases]
+                alive = [self._table.renew(request_id, reader, now) for request_id, reader in request.leases]
                 return messages.Renewed(alive=alive)
             case messages.Check():
                 return messages.Checked(ok=self._table.check(request.request_id, request.seq, now))
