@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import msgspec
@@ -46,6 +47,12 @@ def body(message: messages.Request | messages.Reply) -> bytes:
 def test_every_message_is_here() -> None:
     assert {type(message) for message in REQUESTS} == set(messages.Request.__args__)
     assert {type(message) for message in REPLIES} == set(messages.Reply.__args__)
+
+
+def test_every_message_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/handoff-protocol.md").read_text()
+    for message in (*REQUESTS, *REPLIES):
+        assert f"\n### {type(message).__struct_config__.tag}\n" in page
 
 
 @pytest.mark.parametrize("message", REQUESTS, ids=lambda message: type(message).__name__)
