@@ -184,6 +184,7 @@ class HandoffFailed(KVFerryError):
     def __init__(self, reason: str, why: str) -> None:
         assert reason in self.REASONS
         self.reason = reason
+        self.why = why
         super().__init__(f"handoff failed ({reason}): {why}; the request is recomputed")
 
 
