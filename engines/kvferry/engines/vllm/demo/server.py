@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -96,7 +97,8 @@ def connector_flags(disk_directory: Path) -> list[str]:
 
 def handoff_flags(role: str) -> list[str]:
     """Return the one flag that makes an engine hand pages over (``kv_producer``) or take them (``kv_consumer``)."""
-    return _transfer_flags(role, {"host": {"capacity": "256MiB"}})
+    patient = {"deadline_s": 60, "lease_s": 60}  # on a busy machine too, the demo is to show handoffs
+    return _transfer_flags(role, {"host": {"capacity": "256MiB"}, "peer": patient})
 
 
 def _transfer_flags(role: str, options: dict[str, object]) -> list[str]:
@@ -194,10 +196,10 @@ class Server:
         if self._processes is not None:
             self._processes.kill()
 
-    def logged(self, words: str) -> list[str]:
-        """Return what the engine's log says after these words, wherever it has them."""
+    def logged(self, pattern: str) -> list[str]:
+        """Return what the first group of a regular expression matches in the engine's log, line by line."""
         lines = (self._directory / "vllm.log").read_text(errors="replace").splitlines()
-        return [line.partition(words)[2].strip() for line in lines if words in line]
+        return [match[1] for match in map(re.compile(pattern).search, lines) if match]
 
     def _wait_until_healthy(self, processes: ProcessGroup) -> None:
         started = time.monotonic()
