@@ -210,7 +210,7 @@ def test_host_memory_is_read_over_tcp_where_the_operator_insists(
     over_tcp: Target, caplog: pytest.LogCaptureFixture, own: Pages
 ) -> None:
     reader = connect(over_tcp, own, is_only=True)
-    assert reader.description == "nixl, one-sided, asynchronous"
+    assert reader.description == "nixl over TCP"
     assert "may crash in UCX" in caplog.text
     check(reader, own, over_tcp)
     reader.close()

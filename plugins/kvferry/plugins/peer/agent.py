@@ -71,7 +71,7 @@ class Agent:
         self._remote = ""
         settings = ENGINE_CONFIG | ({"NET_DEVICES": "lo"} if is_local else {})
         config = ",".join(f"{key}={value}" for key, value in settings.items())
-        with self._calling("start"):
+        with self._calling("start"), _creating, _quietly():
             self._wrapped = _create(self.name, has_thread)
             self._wrapped.create_backend("UCX", {"engine_config": config})
 
@@ -157,11 +157,26 @@ class Agent:
             raise _failure(error, what) from None
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep nixl from announcing every agent on the terminal, unless the operator said how much it is to say."""
+    import nixl  # noqa: F401  # it sets its logger up when it is imported
+
+    logger = logging.getLogger("nixl")
+    level = logger.level
+    if "NIXL_LOG_LEVEL" not in os.environ:
+        logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _create(name: str, has_thread: bool) -> Any:
     """Make an agent without a backend, whose progress thread sleeps.
 
     nixl's wrapper gives the thread no pause at all, whereby it takes a whole core for ever, and has no argument
-    for it. So the class of its settings is replaced while the agent is made.
+    for it. So the class of its settings is replaced while the agent is made; the caller holds ``_creating``.
     """
     import nixl
     import nixl._api as api
@@ -170,7 +185,7 @@ def _create(name: str, has_thread: bool) -> Any:
     strict = getattr(nixl, "nixl_thread_sync_t", None)
     if strict is not None:
         config.sync_mode = strict.NIXL_THREAD_SYNC_STRICT
-    with _creating, _patience(getattr(api, "nixlBind", None)) as was_used:
+    with _patience(getattr(api, "nixlBind", None)) as was_used:
         agent = nixl.nixl_agent(name, config)
     if has_thread and not was_used():
         _warn_once()
@@ -185,12 +200,13 @@ def _patience(bindings: Any) -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     used: list[bool] = []
+    assign_stock: Any = stock.__setattr__
 
     def assign(settings: object, name: str, value: object) -> None:
         if name == "pthrDelay":
             used.append(True)
             value = PROGRESS_DELAY_US
-        stock.__setattr__(settings, name, value)
+        assign_stock(settings, name, value)
 
     patient = type("nixlAgentConfig", (stock,), {"__setattr__": assign})
     bindings.nixlAgentConfig = patient

@@ -14,7 +14,7 @@ import numpy as np
 from kvferry.connector.address import is_loopback
 from kvferry.connector.transport import PageMemory, TransportContext
 from kvferry.plugins.peer.agent import Agent, memory_type
-from kvferry.plugins.peer.nixl_offer import PROBE_BYTES, Offer, pack
+from kvferry.plugins.peer.nixl_offer import PROBE_BYTES, PROBE_REPEATS, Offer, pack
 
 __all__ = ["NixlExporter"]
 
@@ -32,13 +32,14 @@ class NixlExporter:
 
     def __init__(self, memory: PageMemory, context: TransportContext) -> None:
         self._lock = threading.Lock()
-        self._probe = np.frombuffer(secrets.token_bytes(PROBE_BYTES), np.uint8).copy()
+        probe = secrets.token_bytes(PROBE_BYTES)
+        self._probe = np.frombuffer(probe * PROBE_REPEATS, np.uint8).copy()
         is_local = is_loopback(context.host)
         self._agent = Agent(context.name, is_local=is_local, has_thread=True)
         try:
             kind = memory_type(memory.device)
             self._agent.register(memory.address, memory.nbytes, kind, memory.device_id)
-            self._agent.register(self._probe.ctypes.data, PROBE_BYTES, memory_type("cpu"), 0)
+            self._agent.register(self._probe.ctypes.data, self._probe.nbytes, memory_type("cpu"), 0)
             self._offer = pack(
                 Offer(
                     agent=self._agent.name,
@@ -48,7 +49,7 @@ class NixlExporter:
                     nbytes=memory.nbytes,
                     device_id=memory.device_id,
                     probe_address=self._probe.ctypes.data,
-                    probe=self._probe.tobytes(),
+                    probe=probe,
                 )
             )
         except BaseException:

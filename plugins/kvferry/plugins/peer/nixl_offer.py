@@ -15,11 +15,13 @@ import msgspec
 from kvferry.connector.errors import HandoffFailed
 from kvferry.connector.transport import MAX_OFFER_BYTES
 
-__all__ = ["PROBE_BYTES", "Offer", "pack", "unpack"]
+__all__ = ["PROBE_BYTES", "PROBE_REPEATS", "Offer", "pack", "unpack"]
 
 VERSION = 1
 DIGEST_BYTES = 16
 PROBE_BYTES = 64
+PROBE_REPEATS = 1024
+"""How often the memory that readers try first holds ``Offer.probe``. 64 KiB: much more than connecting takes."""
 
 Address = Annotated[int, msgspec.Meta(ge=1, lt=1 << 57)]
 
@@ -37,7 +39,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     nbytes: Annotated[int, msgspec.Meta(ge=1, lt=1 << 48)]
     device_id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
     probe_address: Address
-    """Host memory that holds ``probe``."""
+    """Host memory that holds ``probe``, ``PROBE_REPEATS`` times."""
     probe: Annotated[bytes, msgspec.Meta(min_length=PROBE_BYTES, max_length=PROBE_BYTES)]
     """Random; who reads something else has reached something else."""
 

@@ -4,7 +4,7 @@ An agent per peer, because ending the agent is the only cancellation NIXL has, a
 with the agent that has seen it.
 
 Between two engines on one machine UCX copies with ``process_vm_readv``, within the call that starts the read. Anything
-else goes on after the call: RDMA, NVLink, or TCP, where the target's progress thread sends. TCP is refused for host
+else may go on after the call: RDMA, NVLink, or TCP, where the target's progress thread sends. TCP is refused for host
 memory unless the operator asked for it: it is slower than the ``socket`` transport, and a target whose reader goes
 away in the middle of a read may crash in UCX (ADR 0023).
 
@@ -22,8 +22,9 @@ import numpy as np
 from kvferry.connector.errors import HandoffFailed, LayoutError
 from kvferry.connector.transport import PageIds, PageMemory, RemotePages, TransportContext
 from kvferry.plugins.peer.agent import Agent, memory_type
-from kvferry.plugins.peer.nixl_offer import PROBE_BYTES, Offer, unpack
+from kvferry.plugins.peer.nixl_offer import PROBE_BYTES, PROBE_REPEATS, Offer, unpack
 from kvferry.plugins.peer.runs import Rows, batches, check_pages, common_heads, common_runs
+from kvferry.plugins.peer.tcp_traffic import TcpTraffic
 
 __all__ = ["NixlReader"]
 
@@ -33,10 +34,8 @@ MOST_BYTES = 64 << 20
 MOST_RUNS = 1 << 14
 """Of one transfer: the deadline is looked at between transfers, and one that is synchronous takes this much time."""
 
-PROBES = 16
-IN_A_ROW = 4
-"""Who was never read at once this many times in a row within so many reads counts as asynchronous. The first reads
-wire up; and a small one over TCP may be over at once by chance, on a busy machine."""
+PROBES = 8
+"""Reads of a little memory before a peer counts as reached over TCP: all but the first, which wires up, came so."""
 
 SHORTEST_PAUSE_S = 20e-6
 LONGEST_PAUSE_S = 1e-3
@@ -77,11 +76,12 @@ class NixlReader:
         self._lock = threading.Lock()
         self._is_closing = False
         is_on_host = own.device == remote.device == "cpu"
-        self._scratch = np.zeros(PROBE_BYTES, np.uint8)
+        self._scratch = np.zeros(PROBE_BYTES * PROBE_REPEATS, np.uint8)
+        traffic = TcpTraffic()
         self._agent = Agent(context.name, is_local=believed.is_local, has_thread=not is_on_host)
         try:
-            self._is_synchronous = self._introduce(believed, own, deadline)
-            if is_on_host and not self._is_synchronous:
+            self._is_over_tcp = self._introduce(believed, own, traffic, deadline)
+            if is_on_host and self._is_over_tcp:
                 _warn_or_refuse(context)
             self._lists = [self._prepare(part, believed, remote, own) for part in self._parts]
         except BaseException:
@@ -91,7 +91,7 @@ class NixlReader:
     @property
     def description(self) -> str:
         """How bytes travel."""
-        return "nixl, one-sided" if self._is_synchronous else "nixl, one-sided, asynchronous"
+        return "nixl over TCP" if self._is_over_tcp else "nixl, one-sided"
 
     def read(self, remote_pages: PageIds, local_pages: PageIds, deadline: float) -> None:
         """Copy pages; see ``PageReader.read``. Whatever goes wrong ends the agent before it is raised."""
@@ -114,26 +114,26 @@ class NixlReader:
         with self._lock:
             self._agent.close()
 
-    def _introduce(self, offer: Offer, own: PageMemory, deadline: float) -> bool:
-        """Connect, make sure it is the right memory, and tell whether reads are over when they return."""
-        agent, here = self._agent, memory_type("cpu")
+    def _introduce(self, offer: Offer, own: PageMemory, traffic: TcpTraffic, deadline: float) -> bool:
+        """Connect, make sure it is the right memory, and tell whether host memory comes over TCP."""
+        agent, here, nbytes = self._agent, memory_type("cpu"), self._scratch.nbytes
         agent.register(own.address, own.nbytes, memory_type(own.device), own.device_id)
-        agent.register(self._scratch.ctypes.data, PROBE_BYTES, here, 0)
+        agent.register(self._scratch.ctypes.data, nbytes, here, 0)
         agent.connect(offer.metadata, offer.agent)
         lists = [
-            agent.prepare(_probe_row(address), here, is_remote=is_remote)
+            agent.prepare(_probe_row(address, nbytes), here, is_remote=is_remote)
             for address, is_remote in ((self._scratch.ctypes.data, False), (offer.probe_address, True))
         ]
-        first, in_a_row = np.zeros(1, np.int32), 0
-        for _ in range(PROBES):
+        first = np.zeros(1, np.int32)
+        for attempt in range(PROBES):
             self._scratch[:] = 0
-            was_at_once = self._transfer(lists[0], first, lists[1], first, deadline)
-            if self._scratch.tobytes() != offer.probe:
+            before = traffic.received_bytes()
+            self._transfer(lists[0], first, lists[1], first, deadline)
+            if self._scratch.tobytes() != offer.probe * PROBE_REPEATS:
                 raise HandoffFailed("transport", "NIXL reaches something else than the peer's memory")
-            in_a_row = in_a_row + 1 if was_at_once else 0
-            if in_a_row == IN_A_ROW:
-                return True
-        return False
+            if attempt and traffic.received_bytes() - before < nbytes:
+                return False
+        return True
 
     def _prepare(self, part: slice, offer: Offer, remote: RemotePages, own: PageMemory) -> tuple[int, int]:
         runs = self._runs
@@ -146,14 +146,14 @@ class NixlReader:
 
     def _transfer(
         self, own: int, own_indices: PageIds, remote: int, remote_indices: PageIds, deadline: float
-    ) -> bool:
-        """Read once, to the end, and tell whether it was over at once."""
+    ) -> None:
+        """Read once, to the end."""
         if time.monotonic() >= deadline:
             raise HandoffFailed("timeout", "the other engine's pages were not read in time")
         if self._is_closing:
             raise HandoffFailed("disconnected", "this reader was closed")
         if self._agent.post(own, own_indices, remote, remote_indices):
-            return True
+            return
         pause = SHORTEST_PAUSE_S
         while not self._agent.poll():
             if time.monotonic() >= deadline:
@@ -162,19 +162,18 @@ class NixlReader:
                 raise HandoffFailed("disconnected", "this reader was closed")
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
-        return False
 
 
-def _probe_row(address: int) -> Rows:
-    return np.array([[address, PROBE_BYTES, 0, PROBE_BYTES, 1]], np.uint64)
+def _probe_row(address: int, nbytes: int) -> Rows:
+    return np.array([[address, nbytes, 0, nbytes, 1]], np.uint64)
 
 
 def _warn_or_refuse(context: TransportContext) -> None:
     if not context.is_only:
-        why = "NIXL reaches the other engine's host memory only over the network, where a plain socket is as fast"
+        why = "NIXL reaches the other engine's host memory only over TCP, where a plain socket is faster"
         hint = "engines of one user on one machine, in one PID namespace, are read directly"
         raise HandoffFailed("transport", f'{why}; {hint}; peer.transport = "nixl" uses NIXL all the same')
     log.warning(
-        "nixl reads this peer's host memory over the network: an engine whose reader dies in the middle of a read "
+        "nixl reads this peer's host memory over TCP: an engine whose reader dies in the middle of a read "
         "may crash in UCX; the transport `socket` does not have this problem"
     )
