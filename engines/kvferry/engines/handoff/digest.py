@@ -35,7 +35,9 @@ class PageDigester:
         assert memory.device == "cpu"
         layout = memory.layout
         self._num_heads = layout.num_heads
-        buffer = np.frombuffer((ctypes.c_uint8 * memory.nbytes).from_address(memory.address), np.uint8)
+        buffer = np.frombuffer(
+            memoryview((ctypes.c_uint8 * memory.nbytes).from_address(memory.address)), np.uint8
+        )
         shape = (layout.num_pages, layout.num_heads, layout.page_tokens, layout.kv_factor, layout.head_bytes)
         strides = (layout.page_stride, layout.head_stride, layout.token_stride, layout.kv_stride, 1)
         self._layers = [

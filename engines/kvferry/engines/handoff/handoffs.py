@@ -13,10 +13,12 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
+from blake3 import blake3
+
 from kvferry.connector.config import Config
 from kvferry.connector.transport import RemotePages
 from kvferry.engines.handoff.keeper import LeaseKeeper
-from kvferry.engines.handoff.params import Allowed, answer_params, read_params
+from kvferry.engines.handoff.params import MAX_NAME, Allowed, answer_params, read_params
 from kvferry.engines.handoff.roles import Role
 from kvferry.engines.handoff.side_channel import SideChannel
 from kvferry.engines.handoff.table import Handed, HandoffTable
@@ -124,7 +126,8 @@ class Handoffs:
 
     def reader(self, request_id: str) -> str:
         """Return what this engine calls itself and the request towards the other."""
-        return f"{self._name}/{request_id}"[:256]
+        name = f"{self._name}/{request_id}"
+        return name if len(name) <= MAX_NAME else blake3(name.encode()).hexdigest()
 
     def over(self, request_id: str) -> None:
         """Nothing is wanted any more for a request. Idempotent; unknown ids are ignored."""
@@ -145,7 +148,8 @@ class Handoffs:
         Returns:
             What to tell the router; None if nothing is held and the other engine has to compute.
         """
-        if self._channel is None or content is None or not pages or num_tokens < 1:
+        is_named = len(request_id) <= MAX_NAME
+        if self._channel is None or content is None or not (is_named and pages and num_tokens > 0):
             return None
         if self.table.held_pages + len(pages) > self._most_held:
             logger.warning(

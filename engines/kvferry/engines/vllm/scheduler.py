@@ -132,7 +132,7 @@ class SchedulerSide:
 
     def ranks_exported(self, ranks: Sequence[RemotePages]) -> None:
         """The workers have made their pages readable for other engines."""
-        if self._handoffs is None:
+        if self._handoffs is None or not self._role.gives:
             return
         if len(ranks) < self._tp_size:
             logger.error("no pages are handed over: %d of %d ranks export theirs", len(ranks), self._tp_size)
