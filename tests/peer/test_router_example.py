@@ -366,7 +366,7 @@ def test_where_nobody_answers_the_client_is_told_to_try_again(stage: Stage) -> N
 
 
 def test_a_stream_that_has_begun_ends_with_an_error_event(stage: Stage) -> None:
-    stage.decode[0].usual = broken([STREAM[0], STREAM[1] + b"data: {half of an eve"])
+    stage.decode[0].usual = broken([STREAM[0], STREAM[1] + b"data: {half of", b" an eve"])
     with stage.client(decodes=2) as client:
         status, answer = client.ask({**ASKED, "stream": True})
     assert status == 200
@@ -443,6 +443,7 @@ def test_the_engine_with_the_fewest_requests_is_chosen(chooser: Any, clock: Cloc
     first, second = chooser.prefill
     first.in_flight = 2
     second.in_flight = 1
+    second.asked_at = 10.0
     assert chooser.pick(chooser.prefill) is second
     assert chooser.pick(chooser.prefill, but=second) is first
 
@@ -498,6 +499,17 @@ def test_a_body_that_is_too_long_is_refused(stage: Stage) -> None:
     with stage.client(body_bytes=1000) as client:
         status, answer = client.ask({**ASKED, "prompt": "x" * 2000})
     assert (status, json.loads(answer)["error"]["message"]) == (413, "more than 1000 bytes")
+    assert stage.order == []
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(stage: Stage) -> None:
+    with stage.client(body_s=0.2) as client:
+        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=DEADLINE_S)
+        with contextlib.closing(connection):
+            connection.putrequest("POST", COMPLETIONS)
+            connection.putheader("Content-Length", "100")
+            connection.endheaders()
+            assert connection.getresponse().status == 408
     assert stage.order == []
 
 

@@ -51,7 +51,8 @@ class Limits:
     prefill_s: float = 60.0  # for a prefill; then the prompt is left to the decode engine
     silence_s: float = 300.0  # without a byte from a decode engine
     rest_s: float = 5.0  # for which an engine that failed is left alone
-    body_bytes: int = 16 << 20  # of a client's request
+    body_s: float = 30.0  # for a client's request to arrive
+    body_bytes: int = 16 << 20  # that it may have
 
 
 @dataclass(eq=False)
@@ -83,15 +84,15 @@ class EngineError(Exception):
 
     def __init__(self, why: str, status: int = 503, body: bytes = b"") -> None:
         super().__init__(why)
-        self.status, self.body = (
-            status,
-            body or error_response(503, "no decode engine answered; try again").body,
-        )
+        self.status, self.body = status, body or NOBODY.body
 
 
 def error_response(status: int, message: str) -> Response:
     kind = "invalid_request_error" if status < 500 else "engine_unavailable"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+
+
+NOBODY = error_response(503, "no decode engine answered; try again")
 
 
 def why_alone(body: dict[str, Any]) -> str | None:
@@ -129,14 +130,10 @@ async def read(chunks: AsyncIterator[bytes], limit: int) -> bytes:
 
 async def whole_events(response: httpx.Response) -> AsyncIterator[bytes]:
     """Yield a body as it comes; of a stream of events only whole ones, so that another can follow at any time."""
-    held = b""
+    is_stream, held = response.headers.get("content-type", "").startswith(EVENTS), b""
     async for chunk in response.aiter_raw():
         held += chunk
-        end = (
-            held.rfind(b"\n\n") + 2
-            if response.headers.get("content-type", "").startswith(EVENTS)
-            else len(held)
-        )
+        end = held.rfind(b"\n\n") + 2 if is_stream else len(held)
         if end > 1:
             yield held[:end]
             held = held[end:]
@@ -188,9 +185,8 @@ class Router:
             EngineError: It could not be reached, fell silent, broke off, or is in trouble by its own account.
         """
         engine.in_flight, engine.asked_at = engine.in_flight + 1, time.monotonic()
-        post = self.client.stream(
-            "POST", engine.url + trip.path, content=json.dumps(body).encode(), headers=trip.headers
-        )
+        url, content = engine.url + trip.path, json.dumps(body).encode()
+        post = self.client.stream("POST", url, content=content, headers=trip.headers)
         try:
             async with asyncio.timeout(deadline_s), post as response:
                 chunks = whole_events(response)
@@ -218,9 +214,7 @@ class Router:
             async with self.ask(engine, trip, body, self.limits.prefill_s) as (_, chunks):
                 answer = await read(chunks, ANSWER_LIMIT)
             trip.facts |= {"prefill_ms": trip.elapsed_ms(), "handoff": "no-params"}
-            params = json.loads(answer).get(
-                "kv_transfer_params"
-            )  # none in an error, which the decode repeats
+            params = json.loads(answer).get("kv_transfer_params")  # a refusal has none
         if not isinstance(params, dict) or not params:
             return None
         trip.facts["handoff"] = "yes"
@@ -310,9 +304,12 @@ def create_app(prefill: Sequence[str], decode: Sequence[str], limits: Limits = L
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         try:
-            body = json.loads(await read(request.stream(), limits.body_bytes))
+            async with asyncio.timeout(limits.body_s):
+                body = json.loads(await read(request.stream(), limits.body_bytes))
         except EngineError as failure:
             return error_response(413, str(failure))
+        except TimeoutError:
+            return error_response(408, f"the body was not there after {limits.body_s:g} s")
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
@@ -327,7 +324,7 @@ def create_app(prefill: Sequence[str], decode: Sequence[str], limits: Limits = L
                 url = f"{engine.url}/v1/models"
                 said = await router.client.get(url, headers=headers_for_engines(request), timeout=CONNECT_S)
                 return Response(said.content, said.status_code, media_type="application/json")
-        return error_response(503, "no decode engine answered; try again")
+        return NOBODY
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -365,47 +362,23 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, usual = parser.add_argument, Limits()
-    add("--prefill", nargs="+", default=[], type=engine_url, metavar="URL", help="engines that read prompts")
-    add(
-        "--decode",
-        nargs="+",
-        required=True,
-        type=engine_url,
-        metavar="URL",
-        help="engines that write answers",
-    )
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="where to listen (%(default)s); the router asks nobody who they are",
-    )
+    urls = {"nargs": "+", "type": engine_url, "metavar": "URL"}
+    add("--prefill", default=[], help="engines that read prompts", **urls)
+    add("--decode", required=True, help="engines that write answers", **urls)
+    add("--host", default="127.0.0.1", help="where to listen (%(default)s); it asks nobody who they are")
     add("--port", type=int, default=8000, help="(%(default)s)")
-    seconds = {"type": float, "metavar": "SECONDS"}
-    add(
-        "--prefill-s",
-        default=usual.prefill_s,
-        help="until a prompt is left to the decode engine (%(default)s)",
-        **seconds,
-    )
-    add(
-        "--silence-s",
-        default=usual.silence_s,
-        help="until a decode engine without a word has failed (%(default)s)",
-        **seconds,
-    )
-    add(
-        "--rest-s",
-        default=usual.rest_s,
-        help="for which an engine that failed is left alone (%(default)s)",
-        **seconds,
-    )
+    for name, seconds, what in (
+        ("--prefill-s", usual.prefill_s, "until a prompt is left to the decode engine"),
+        ("--silence-s", usual.silence_s, "until a decode engine without a word has failed"),
+        ("--rest-s", usual.rest_s, "for which an engine that failed is left alone"),
+    ):
+        add(name, type=float, default=seconds, metavar="SECONDS", help=f"{what} (%(default)g)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     app = create_app(args.prefill, args.decode, Limits(args.prefill_s, args.silence_s, args.rest_s))
-    uvicorn.run(
-        app, host=args.host, port=args.port, log_config=None, access_log=False, timeout_graceful_shutdown=10
-    )
+    serving = {"access_log": False, "log_config": None, "ws": "none", "timeout_graceful_shutdown": 10}
+    uvicorn.run(app, host=args.host, port=args.port, **serving)
 
 
 if __name__ == "__main__":
