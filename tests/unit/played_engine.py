@@ -20,9 +20,10 @@ from kvferry.connector.layout import BlockLayout, PageLayout
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import CacheService
 from kvferry.connector.staging import HostStaging
+from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.request import RequestInfo
-from kvferry.engines.session import EngineSessions
+from kvferry.engines.session import EngineSessions, Peers
 from kvferry.engines.stager import Stager, StagerResults
 
 PAGE_TOKENS = 4
@@ -56,7 +57,7 @@ class Rank:
             (LAYOUT.num_layers, num_pages, heads, PAGE_TOKENS, LAYOUT.token_bytes), np.uint8
         )
         layer, page, head, token, _ = self.pages.strides
-        layout = PageLayout(
+        self.page_layout = PageLayout(
             num_pages=num_pages,
             page_tokens=PAGE_TOKENS,
             num_heads=heads,
@@ -68,11 +69,15 @@ class Rank:
             token_stride=token,
             kv_stride=LAYOUT.head_dim * LAYOUT.itemsize,
         )
-        staging = GatedPages(self.pages.reshape(-1), layout, LAYOUT, self.shard)
+        staging = GatedPages(self.pages.reshape(-1), self.page_layout, LAYOUT, self.shard)
         staging.gate = self._gate = threading.Event()
-        self.stager = Stager(staging, LAYOUT, self.shard)
+        self.stager = Stager(staging, LAYOUT, self.shard, self._reads())
         self._submitted = 0
         self._results = StagerResults(set(), set(), set(), WorkerReport())
+
+    def _reads(self) -> PeerReads | None:
+        """What this rank reads from other engines' ranks through."""
+        return None
 
     def submit(self, jobs: StepJobs) -> None:
         self.stager.submit_loads(jobs)
@@ -150,6 +155,8 @@ class PlayedEngine:
         clock: Callable[[], float] = time.monotonic,
         registry: PluginRegistry | None = None,
         service: CacheService | None = None,
+        peers: Peers | None = None,
+        make_rank: Callable[[int, int, int], Rank] = Rank,
     ) -> None:
         self.service = service or EmbeddedService(
             config, LAYOUT, FINGERPRINT, registry or PluginRegistry(config.plugins), clock=clock
@@ -157,9 +164,9 @@ class PlayedEngine:
         self.clock = clock
         self.records: list[RequestRecord] = []
         self.sessions = EngineSessions(
-            self.service, config, FINGERPRINT, PAGE_TOKENS, world_size, self.records.append, clock
+            self.service, config, FINGERPRINT, PAGE_TOKENS, world_size, self.records.append, clock, peers
         )
-        self.ranks = [Rank(rank, world_size, num_pages) for rank in range(world_size)]
+        self.ranks = [make_rank(rank, world_size, num_pages) for rank in range(world_size)]
         self.free = list(range(num_pages))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -193,7 +200,7 @@ class PlayedEngine:
         self.sessions.pages_assigned(assigned)
         for request, count in scheduled:
             self.sessions.computed(request.name, request.tokens, request.computed + count, request.pages)
-        jobs = self.sessions.take_jobs()
+        jobs = self._jobs()
         prompt_tokens = sum(
             count for request, count in scheduled if len(request.tokens) - request.computed > 1
         )
@@ -211,6 +218,9 @@ class PlayedEngine:
         self.sessions.prefill.step_ended(self.clock())
         if collect:
             self._collect()
+
+    def _jobs(self) -> StepJobs:
+        return self.sessions.take_jobs()
 
     def settle(self) -> None:
         """Step until nothing is under way."""

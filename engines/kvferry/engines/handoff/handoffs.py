@@ -92,8 +92,14 @@ class Handoffs:
         self._channel.set_ranks(ranks)
         self._channel.start()
         self._has_started = True
-        host, port = self._channel.address
+        host, port = self.address
         logger.info("kvferry hands pages over: side channel %s:%d, engine id %s", host, port, self._engine_id)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where other engines reach the side channel, once there is one."""
+        assert self._channel is not None
+        return self._channel.address
 
     def arrived(self, request_id: str, params: object) -> bool:
         """A request has come, with what a router says of it; return whether that can be followed."""
@@ -161,7 +167,7 @@ class Handoffs:
             return None
         seq = self.table.hand_over(Handed(request_id, tuple(pages), num_tokens, content), self._clock())
         self._exports.append(ExportJob(seq, tuple(pages)))
-        host, port = self._channel.address
+        host, port = self.address
         return answer_params(
             host=host,
             port=port,
