@@ -69,6 +69,8 @@ class HandoffRun:
         yield ""
         yield "reused: tokens that the prefill engine had in its cache; taken: those whose KV the decode engine got"
         yield f"pages were read through {self.transport or 'a transport that the log does not name'}"
+        for failure in self.failures:
+            yield f"a handoff failed, so the decode engine computed the prompt: {failure}"
         shares = [row.handed.transfer_s / row.handed.answer.first_token_s for row in self.rows]
         yield f"the transfer is {statistics.median(shares):.1%} of the time to the first token (median)"
 
@@ -85,8 +87,6 @@ class HandoffRun:
                     f"question {number}: the answer {answer.text!r} is not that of the decode engine alone, "
                     f"{expected.text!r}"
                 )
-        for failure in self.failures:
-            yield f"a handoff failed: {failure}"
 
 
 def _cells(row: HandoffRow) -> tuple[str, ...]:
