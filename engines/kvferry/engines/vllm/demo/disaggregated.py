@@ -42,12 +42,12 @@ def measure(checkpoint: Path, device: Device, scratch: Path) -> HandoffRun:
     Raises:
         click.ClickException: One of them did not start, ended, or handed nothing over.
     """
-    prefill = Server(
-        "2. prefill engine", checkpoint, device, handoff_flags("kv_producer"), scratch / "prefill"
+    prefill, decode = (
+        Server(title, checkpoint, device, [*handoff_flags(role), *device.sharing_flags()], scratch / role)
+        for title, role in (("2. prefill engine", "kv_producer"), ("1. decode engine", "kv_consumer"))
     )
-    flags = handoff_flags("kv_consumer")
     with (
-        Server("1. decode engine", checkpoint, device, flags, scratch / "decode") as decode,
+        decode,
         running_router([prefill.url], [decode.url], scratch / "router.log") as url,
     ):
         click.echo(

@@ -61,6 +61,10 @@ class Device:
         """Return vLLM's flags that only make sense on this device."""
         return [] if self.name == "cpu" else ["--kv-cache-memory-bytes", str(GIB)]
 
+    def sharing_flags(self) -> list[str]:
+        """Return vLLM's flags that let two engines run on this device."""
+        return [] if self.name == "cpu" else ["--gpu-memory-utilization", "0.4"]
+
 
 def find_device() -> Device:
     """Tell which vLLM is installed and what it can run on.
