@@ -37,7 +37,8 @@ def kvferry_doctor_findings() -> Sequence[Finding]:
 
 @hookimpl
 def kvferry_bench_cases() -> Sequence[BenchCase]:
-    """Add the scheduler-side measurement."""
+    """Add the measurements of the engines' side."""
     from kvferry.engines.bench import SCHEDULER
+    from kvferry.engines.handoff.bench import HANDOFF_CHECKS
 
-    return [SCHEDULER]
+    return [SCHEDULER, HANDOFF_CHECKS]
