@@ -19,6 +19,7 @@ from nixl_kit import POISON, Pages, Spec, Target, connect, contents, context, he
 from kvferry.connector.errors import HandoffFailed
 from kvferry.connector.transport import MAX_OFFER_BYTES, PageReader
 from kvferry.plugins.peer import nixl_reader
+from kvferry.plugins.peer.agent import Agent
 from kvferry.plugins.peer.nixl_transport import NIXL
 from kvferry.plugins.peer.runs import common_heads
 
@@ -270,7 +271,14 @@ def test_a_target_that_is_stopped_cannot_be_connected_to_and_the_deadline_holds(
         check_anew(target)
 
 
-def test_no_byte_lands_after_a_read_over_tcp_has_timed_out(over_tcp: Target, own: Pages) -> None:
+@pytest.mark.parametrize("has_thread", [False, True])
+def test_no_byte_lands_after_a_read_over_tcp_has_timed_out(
+    over_tcp: Target, own: Pages, has_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Readers of device memory have a thread of NIXL's that goes on by itself. There is no such memory here.
+    monkeypatch.setattr(
+        nixl_reader, "Agent", lambda name, **how: Agent(name, **how | {"has_thread": has_thread})
+    )
     reader = connect(over_tcp, own, is_only=True)
     over_tcp.signal(signal.SIGSTOP)
     fails(reader, "timeout", 3.0, soon(1.0))

@@ -198,6 +198,11 @@ def test_pages_that_are_not_there_are_refused(
     assert caught.value.reason == "transport"
 
 
+def test_page_ids_of_another_width_are_refused() -> None:
+    with pytest.raises(HandoffFailed, match="32 bits"):
+        check_pages(Runs(8, side(4), side(5)), np.array([0]), np.array([0], np.int32))
+
+
 def test_one_page_may_be_read_into_several() -> None:
     check_pages(Runs(8, side(4), side(5)), np.array([4, 4], np.int32), np.array([0, 3], np.int32))
 
