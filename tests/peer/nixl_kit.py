@@ -51,7 +51,7 @@ LATENT = BlockLayout(
 )
 PAGE_TOKENS = 16
 POISON = 0xEE
-START_S = 30.0
+START_S = 90.0
 
 
 def dense(
@@ -305,6 +305,8 @@ if __name__ == "__main__":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     if os.getppid() == 1:
         sys.exit("the parent is gone")
+    # Where a torch without CUDA is installed, nixl imports it to ask for its version: seconds for every process.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     if len(sys.argv) > 2:
         read_forever(msgspec.json.decode(sys.argv[1], type=list[Spec])[0], bytes.fromhex(sys.argv[2]))
     else:
