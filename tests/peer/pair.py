@@ -213,9 +213,12 @@ def running(
 
 
 def peer(**options: Json) -> dict[str, Json]:
-    """Return a configuration whose ``peer`` table has these options, with a small arena and no records."""
+    """Return a configuration whose ``peer`` table has these options, with a small arena and no records.
+
+    A busy machine is given time: whether a transfer is too slow is for the tests that say so.
+    """
     return {
         "host": {"capacity": "64MiB"},
         "explain": {"enabled": False},
-        "peer": {"enabled": True, **options},
+        "peer": {"enabled": True, "deadline_s": 30.0, **options},
     }
