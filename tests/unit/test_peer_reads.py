@@ -183,6 +183,20 @@ def test_a_transport_that_does_not_get_through_makes_room_for_the_next(
     other.close()
 
 
+def test_a_transport_that_gets_nowhere_leaves_time_for_the_next(ranks: tuple[Rank, Rank]) -> None:
+    def stuck(remote: object, offer: object, own: object, about: object, deadline: float) -> object:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        raise HandoffFailed("timeout", "nobody answers")
+
+    better = msgspec.structs.replace(SOCKET, name="better", connect=stuck, priority=9)
+    giver = Giver(ranks[0], [better, SOCKET], PeerConfig())
+    giver.digest()
+    reads = reads_of(ranks[1], better, SOCKET, deadline_s=1.0)
+    assert Answers(reads).reason(giver.read()) == "ok"
+    reads.close()
+    giver.close()
+
+
 def test_a_transport_that_raises_anything_costs_the_read_only(giver: Giver, ranks: tuple[Rank, Rank]) -> None:
     def broken(*arguments: object) -> object:
         raise RuntimeError("a fault")

@@ -147,11 +147,14 @@ class PeerReads:
         except LayoutError as error:
             raise HandoffFailed("incompatible", str(error)) from error
         failures = []
-        for name, transport in self._transports.items():
-            if name not in pages.offers:
-                continue
+        names = [name for name in self._transports if name in pages.offers]
+        for index, name in enumerate(names, start=1):
+            # One that gets nowhere leaves time for the next.
+            now = time.monotonic()
+            until = deadline if index == len(names) else now + (deadline - now) / 2
+            transport = self._transports[name]
             try:
-                reader = transport.connect(pages, pages.offers[name], self._memory, self._context, deadline)
+                reader = transport.connect(pages, pages.offers[name], self._memory, self._context, until)
             except HandoffFailed as failure:
                 failures.append(failure)
                 logger.warning(
