@@ -132,6 +132,12 @@ class TestLate:
             "the next step has a budget of its own"
         )
 
+    def test_a_reservation_that_no_later_step_can_use_is_waited_for(self, client: ClientService) -> None:
+        assert client.reserve("r", chain(1, 3)) is None
+        answer = client.reserve("r", chain(2, 3), wait_s=10.0)
+        assert answer is not None
+        assert len(answer.places) == 3
+
     def test_leases_wait_longer_but_all_of_a_step_together(
         self, client: ClientService, server: ScriptedServer
     ) -> None:

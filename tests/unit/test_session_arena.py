@@ -58,7 +58,7 @@ class Service:
     def lease(self, owner: str, keys: Sequence[BlockKey]) -> Lease:
         return Lease(1, tuple(Place(key, slot, 1) for slot, key in enumerate(keys)))
 
-    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation | None:
+    def reserve(self, owner: str, keys: Sequence[BlockKey], wait_s: float = 0.0) -> Reservation | None:
         self.reserved.append(list(keys))
         if self.answers and not self.answers.pop(0):
             return None

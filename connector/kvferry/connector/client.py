@@ -112,6 +112,11 @@ class ClientService:
         return self._talk.joined.handle if self._talk.joined is not None else None
 
     @property
+    def is_shared(self) -> bool:
+        """True: every engine of the server finds what is committed."""
+        return True
+
+    @property
     def description(self) -> str:
         """Where blocks are kept, in a few words for a log."""
         if self._talk.joined is None:
@@ -187,7 +192,7 @@ class ClientService:
         elif lease.id:
             self._excuse([place.key for place in lease.places])
 
-    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation | None:
+    def reserve(self, owner: str, keys: Sequence[BlockKey], wait_s: float = 0.0) -> Reservation | None:
         """Hand out slots; None when it is not known yet, also because the server is away."""
         self._require_open()
         if not keys:
@@ -198,6 +203,7 @@ class ClientService:
             Question.about(wire.Reserve, keys, owner),
             keys,
             lambda number: wire.Reserve(id=number, owner=_named(owner), keys=wire.pack_keys(keys)),
+            wait_s,
         )
         if not isinstance(answer, Reservation):
             return None
@@ -284,11 +290,23 @@ class ClientService:
         self._talk.close()
 
     def _ask(
-        self, question: Question, keys: Sequence[BlockKey], make: Callable[[int], wire.Request]
+        self,
+        question: Question,
+        keys: Sequence[BlockKey],
+        make: Callable[[int], wire.Request],
+        wait_s: float = 0.0,
     ) -> Answer | None:
-        """Return the answer if it is there or comes before the step's time is spent; None is not known yet."""
-        answer, waited_s = self._talk.ask(question, keys, make, self._left_s)
-        self._left_s -= waited_s
+        """Return the answer if it is there or comes before the step's time is spent; None is not known yet.
+
+        Args:
+            question: What is asked.
+            keys: About which blocks.
+            make: Returns the request with a given id.
+            wait_s: More than the step's time, where the answer is of no use later.
+        """
+        most_s = max(self._left_s, wait_s)
+        answer, waited_s = self._talk.ask(question, keys, make, most_s, is_urgent=wait_s > 0)
+        self._left_s = max(0.0, self._left_s - waited_s)
         return answer
 
     def _ask_anew(self, keys: Sequence[BlockKey], most_s: float) -> tuple[Match | None, float]:

@@ -161,6 +161,11 @@ class EmbeddedService:
         names = [HOST, *(opened.config.name for opened in self._tiers)]
         return f"{self._arena.handle.num_slots} slots, tiers {', '.join(names)}"
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a shared tier."""
+        return any(opened.tier.capabilities.is_shared for opened in self._tiers)
+
     def problems(self) -> list[str]:
         """Return one line for each configured tier that this service goes on without."""
         return list(self._problems)
@@ -185,7 +190,7 @@ class EmbeddedService:
         self._require_open()
         self._manager.release(lease.id)
 
-    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation:
+    def reserve(self, owner: str, keys: Sequence[BlockKey], wait_s: float = 0.0) -> Reservation:
         """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed."""
         return self._manager.reserve(owner, keys, self._now())
 

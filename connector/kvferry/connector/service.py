@@ -132,6 +132,10 @@ class CacheService(Protocol):
     def description(self) -> str:
         """Where blocks are kept, in a few words for a log."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether others find what is committed here."""
+
     def lookup(self, keys: Sequence[BlockKey]) -> Match:
         """Tell how much of a prefix is there. No side effect."""
 
@@ -158,8 +162,13 @@ class CacheService(Protocol):
     def release(self, lease: Lease) -> None:
         """End a lease. Unknown or expired ones are ignored."""
 
-    def reserve(self, owner: str, keys: Sequence[BlockKey]) -> Reservation | None:
+    def reserve(self, owner: str, keys: Sequence[BlockKey], wait_s: float = 0.0) -> Reservation | None:
         """Hand out slots for the blocks of ``keys`` that are not held, evicting where allowed.
+
+        Args:
+            owner: Who will fill them.
+            keys: The blocks.
+            wait_s: Seconds that an answer may be waited for even if the step's budget is spent.
 
         Returns:
             None when it is not known yet: ask again, for the same keys, after the next ``poll``.

@@ -10,8 +10,7 @@ Rules that keep wrong bytes out
     committed only when every rank reported it and none reported a failure.
   * Copies are planned for one arena; if the service has another one when the step is handed out, they fail.
   * Pages that are reused while a save still reads them are fenced in the same step.
-  * Pages of a peer are asked for by a digest of everything that determines them, and come back to be recomputed if
-    anything is wrong with them.
+  * Pages of a peer are asked for by a digest of everything that determines them.
 
 Threading: owned by the engine's scheduler thread; nothing here blocks.
 """
@@ -146,7 +145,7 @@ class EngineSessions:
             local_tokens: What the engine holds itself, a multiple of the page size.
 
         Returns:
-            Tokens offered, 0 for none; None while slower tiers are bringing blocks (ask again).
+            Tokens offered, 0 for none; None while slower tiers are bringing blocks: ask again.
         """
         session = self._sessions[request_id]
         if self._disabled or session.info.uncacheable or request_id in self._loads:
@@ -213,7 +212,12 @@ class EngineSessions:
             session.note(failed=True, missing_reason=MissReason.LOAD_FAILED.value)
 
     def computed(
-        self, request_id: str, tokens: Sequence[int], num_computed: int, pages: Sequence[int]
+        self,
+        request_id: str,
+        tokens: Sequence[int],
+        num_computed: int,
+        pages: Sequence[int],
+        wait_s: float = 0.0,
     ) -> None:
         """Plan the save of blocks that are full by the end of this step.
 
@@ -222,6 +226,7 @@ class EngineSessions:
             tokens: All its confirmed tokens.
             num_computed: Tokens whose KV is in the pages when the step ends.
             pages: Its page ids from its first token on.
+            wait_s: Seconds that slots may be waited for, where there is no later step to save in.
         """
         session = self._sessions.get(request_id)
         if session is None:
@@ -237,7 +242,7 @@ class EngineSessions:
         if full <= session.saved_blocks:
             return
         session.chain.extend(tokens, session.info.extras)
-        while session.saved_blocks < full and self._reserve(session, full, pages):
+        while session.saved_blocks < full and self._reserve(session, full, pages, wait_s):
             pass
 
     def pages_assigned(self, pages: Iterable[int]) -> None:
@@ -265,15 +270,14 @@ class EngineSessions:
             session.note(peer_failed=reason)
 
     def saved_keys(self, request_id: str) -> Sequence[BlockKey]:
-        """Return the keys of the blocks that are saved, or held already, or whose save is planned."""
+        """Return the keys of the blocks that are full by now, if they are to be saved."""
         session = self._sessions.get(request_id)
-        return session.chain.keys[: session.saved_blocks] if session else ()
+        if session is None or self._disabled or session.info.uncacheable or self._config.save == "none":
+            return ()
+        return tuple(session.chain.keys)
 
     def content(self, request_id: str, tokens: Sequence[int]) -> Callable[[int], bytes] | None:
-        """Return what digests the first n of a request's tokens; None if nothing can be said of its KV.
-
-        It stays of use when the request is over. One thread at a time may call it.
-        """
+        """Return what digests the first n tokens, also when the request is over; None if its KV is not keyed."""
         session = self._sessions.get(request_id)
         if session is None or session.info.uncacheable or self._disabled:
             return None
@@ -431,7 +435,7 @@ class EngineSessions:
             pages=tuple(pages[first_page:end_page]),
         )
 
-    def _reserve(self, session: RequestState, full: int, pages: Sequence[int]) -> bool:
+    def _reserve(self, session: RequestState, full: int, pages: Sequence[int], wait_s: float) -> bool:
         """Plan the save of blocks up to ``full``, or of those that were asked for before and not answered.
 
         Returns:
@@ -440,7 +444,7 @@ class EngineSessions:
         start, asked = session.saved_blocks, session.asked_blocks
         end = asked if start < asked <= full else min(full, start + _MOST_RESERVED)
         keys = session.chain.keys[start:end]
-        reservation = self._service.reserve(session.info.id, keys)
+        reservation = self._service.reserve(session.info.id, keys, wait_s)
         if reservation is None:
             session.asked_blocks = end
             return False

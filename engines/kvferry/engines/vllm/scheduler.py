@@ -172,34 +172,35 @@ class SchedulerSide:
         self._is_in_step = False
         self._sessions.pages_assigned(self._tables.update(output))
         prompt_tokens = 0
-        prefilled: list[str] = []
+        awaited: list[BlockKey] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             request = self._requests.get(request_id)
             if request is not None:
                 left = request.num_tokens - request.num_computed_tokens
                 prompt_tokens += min(scheduled, left) if left > 1 else 0
+                is_awaited = self._is_awaited(request, scheduled)
                 self._sessions.computed(
                     request_id,
                     request.all_token_ids,
                     request.num_computed_tokens + scheduled,
                     self._tables.get(request_id),
+                    self._commit_wait_s if is_awaited else 0.0,
                 )
-                if 0 <= request.num_prompt_tokens - 1 - request.num_computed_tokens < scheduled:
-                    prefilled.append(request_id)
+                if is_awaited:
+                    awaited += self._sessions.saved_keys(request_id)
         self._sessions.prefill.step_planned(prompt_tokens, time.monotonic())
         jobs = self.planned()
-        jobs.is_awaited = self._await_saves(prefilled)
+        jobs.is_awaited = bool(awaited)
+        self._awaited.append(awaited)
         return jobs
 
-    def _await_saves(self, prefilled: Iterable[str]) -> bool:
-        """Return whether the step's saves are awaited because others are told of these requests when it ends."""
+    def _is_awaited(self, request: Request, scheduled: int) -> bool:
+        """Tell whether others are told of a request's prompt, and go by what they find, when this step ends."""
+        if not 0 <= request.num_prompt_tokens - 1 - request.num_computed_tokens < scheduled:
+            return False
         is_producer = self._role.gives and not self._role.takes
-        awaited: list[BlockKey] = []
-        for request_id in prefilled:
-            if is_producer or (self._handoffs is not None and self._handoffs.is_wanted(request_id)):
-                awaited += self._sessions.saved_keys(request_id)
-        self._awaited.append(awaited)
-        return bool(awaited)
+        is_wanted = self._handoffs is not None and self._handoffs.is_wanted(request.request_id)
+        return self._service.is_shared and (is_producer or is_wanted)
 
     def _begin_step(self) -> None:
         """Poll once a step, before the first offer or else before the copies are planned."""
