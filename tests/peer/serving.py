@@ -83,6 +83,7 @@ class Reply:
 
     tokens: tuple[int, ...]
     text: str
+    prompt_tokens: int
     cached: int
     """Prompt tokens that were not computed here."""
     finish: str
@@ -97,6 +98,7 @@ class Reply:
         return cls(
             tuple(choice["token_ids"]),
             text,
+            answer["usage"]["prompt_tokens"],
             details.get("cached_tokens") or 0,
             choice["finish_reason"],
             answer.get("kv_transfer_params"),

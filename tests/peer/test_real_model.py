@@ -35,7 +35,7 @@ def test_one_after_the_other(pair: Pair, alone: dict[str, tuple[int, ...]]) -> N
     for prompt, answer in alone.items():
         handed = pair.hand_over((), ANSWER, prompt=prompt)
         assert handed.decode.tokens == answer
-        assert handed.decode.cached > 300, "passages are longer"
+        assert handed.decode.cached == handed.decode.prompt_tokens > 100
     taken = pair.taken().since(before)
     assert (taken.handoffs, taken.failures) == (len(alone), {})
     pair.free()
@@ -45,5 +45,5 @@ def test_all_at_once(pair: Pair, alone: dict[str, tuple[int, ...]]) -> None:
     with ThreadPoolExecutor(len(alone)) as clients:
         handed = list(clients.map(lambda prompt: pair.hand_over((), ANSWER, prompt=prompt).decode, alone))
     assert [reply.tokens for reply in handed] == list(alone.values())
-    assert min(reply.cached for reply in handed) > 300
+    assert all(reply.cached == reply.prompt_tokens for reply in handed)
     pair.free()

@@ -1,0 +1,227 @@
+"""Hundreds of requests through a router while clients leave and engines are killed: every answer is right.
+
+Environment: ``HANDOFF_SOAK_REQUESTS`` (500), ``HANDOFF_SOAK_KILLS`` (20), ``HANDOFF_SOAK_CLIENTS`` (6),
+``HANDOFF_SOAK_SEED`` (1).
+"""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from engine import wait_until
+from pair import ASK, Pair, Reference, own_count, peer, running, settle
+from processes import Holdings
+from prompts import Prompt, random_tokens
+from serving import HttpError, OpenRequest, Reply, VllmServer
+
+REQUESTS = int(os.environ.get("HANDOFF_SOAK_REQUESTS", "500"))
+KILLS = int(os.environ.get("HANDOFF_SOAK_KILLS", "20"))
+CLIENTS = int(os.environ.get("HANDOFF_SOAK_CLIENTS", "6"))
+SEED = int(os.environ.get("HANDOFF_SOAK_SEED", "1"))
+
+NUM_PROMPTS = 40
+ANSWER = 8
+ABORTED = 0.1
+"""Share of requests whose client leaves."""
+LEASE_S = 5.0
+DEADLINE_S = 8.0
+RETRY_S = 0.2
+ROUND = 50
+"""Requests after which an idle engine must hold what it held before them."""
+GROWTH_BYTES = 48 << 20
+"""What one round may add to all processes of an engine: pages of its KV cache that were never touched before."""
+RESTART_S = 300.0
+
+Gone = (OSError, http.client.HTTPException, HttpError)
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    config = {"kvferry": peer(lease_s=LEASE_S, deadline_s=DEADLINE_S)}
+    with running(model, tmp_path_factory.mktemp("soak"), config, config) as engines:
+        yield engines
+
+
+@pytest.fixture(scope="module")
+def asked(reference: Reference) -> list[Prompt]:
+    """Prompts of which most begin like another one, and whose answers are known."""
+    rng = random.Random(SEED)
+    stems = [random_tokens(rng, rng.randint(20, 500)) for _ in range(8)]
+    prompts = [rng.choice(stems) + random_tokens(rng, rng.randint(1, 500)) for _ in range(NUM_PROMPTS)]
+    reference.learn(prompts, ANSWER)
+    return prompts
+
+
+class Router:
+    """What stands in front of the engines: prefill where it can be had, decode in any case."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+    def stop(self) -> None:
+        """Have requests that wait for an engine give up."""
+        self._ended.set()
+
+    def ask(self, prompt: Prompt, leaves_after_s: float | None = None) -> Reply | None:
+        """Return the answer, or None if the client left."""
+        params = self._prefill(prompt, leaves_after_s)
+        while not self._ended.is_set():
+            try:
+                request = self._pair.decode.open(prompt, ANSWER, params)
+                if leaves_after_s is not None:
+                    self._leave(request, leaves_after_s)
+                    self._count("left at D")
+                    return None
+                reply = Reply.of(json.loads(request.reply()))
+            except Gone as error:
+                if isinstance(error, HttpError) and error.status < 500:
+                    raise
+                self._count("tries again at D")
+                self._ended.wait(RETRY_S)
+                continue
+            self._count("handed over" if params and reply.cached == len(prompt) else "otherwise")
+            return reply
+        raise AssertionError("the decode engine did not come back")
+
+    def _prefill(self, prompt: Prompt, leaves_after_s: float | None) -> dict[str, object] | None:
+        try:
+            request = self._pair.prefill.open(prompt, 1, ASK)
+            if leaves_after_s is not None and leaves_after_s < 0.1:
+                self._leave(request, leaves_after_s)
+                self._count("left at P")
+                return None
+            return own_count(Reply.of(json.loads(request.reply())).params or {}) or None
+        except Gone as error:
+            if isinstance(error, HttpError) and error.status < 500:
+                raise
+            self._count("without P")
+            return None
+
+    def _leave(self, request: OpenRequest, after_s: float) -> None:
+        self._ended.wait(after_s)
+        request.abort()
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._counts[what] += 1
+
+
+class Killer:
+    """Kills an engine again and again and starts it anew, while requests go on."""
+
+    def __init__(self, victim: VllmServer, kills: int, seed: int) -> None:
+        self._victim = victim
+        self._rng = random.Random(seed)
+        self.left = kills
+        self._stopping = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="killer")
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Let it live from now on."""
+        self._stopping.set()
+        self.thread.join(RESTART_S)
+
+    def _run(self) -> None:
+        while self.left and not self._stopping.wait(self._rng.uniform(0.5, 6.0)):
+            self._victim.kill()
+            self.left -= 1
+            self._victim.launch().wait()
+
+
+def lives_through(pair: Pair, asked: list[Prompt], reference: Reference, requests: int, seed: int) -> Router:
+    """Ask from several clients; every answer that comes is the reference's."""
+    router = Router(pair)
+    rng = random.Random(f"{SEED} {seed}")
+    plans = [
+        (rng.choice(asked), rng.uniform(0.0, 0.4) if rng.random() < ABORTED else None)
+        for _ in range(requests)
+    ]
+
+    def client(plan: tuple[Prompt, float | None]) -> bool:
+        prompt, leaves_after_s = plan
+        reply = router.ask(prompt, leaves_after_s)
+        return reply is None or reply.tokens == reference(prompt, ANSWER)
+
+    with ThreadPoolExecutor(CLIENTS, "clients") as clients:
+        try:
+            right = list(clients.map(client, plans))
+        finally:
+            router.stop()
+    assert all(right), f"{right.count(False)} wrong answers"
+    return router
+
+
+def rests(pair: Pair) -> list[Holdings]:
+    """Return what both engines hold when they are idle."""
+    for server in pair.both:
+        settle(server)
+    return [_steady(server) for server in pair.both]
+
+
+def _steady(server: VllmServer) -> Holdings:
+    """Threads and descriptors of requests end a moment behind them."""
+    seen = [server.holdings()]
+
+    def is_steady() -> bool:
+        time.sleep(1.0)  # between two looks
+        seen.append(server.holdings())
+        return seen[-1][:2] == seen[-2][:2]
+
+    wait_until("an idle engine holds the same", is_steady)
+    return seen[-1]
+
+
+def test_every_answer_is_right_whoever_leaves_or_dies(
+    pair: Pair, asked: list[Prompt], reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    killers = [Killer(pair.prefill, KILLS // 2, SEED), Killer(pair.decode, KILLS - KILLS // 2, SEED + 1)]
+    totals: collections.Counter[str] = collections.Counter()
+    done = 0
+    try:
+        # As many requests as were asked for, and on until the last kill.
+        while done < REQUESTS or any(killer.thread.is_alive() for killer in killers):
+            router = lives_through(pair, asked, reference, ROUND, done)
+            totals.update(router.counts)
+            done += ROUND
+    finally:
+        for killer in killers:
+            killer.stop()
+    assert [killer.left for killer in killers] == [0, 0], "every kill was followed by a start"
+    storm_s = time.monotonic() - started
+
+    # The last life of both: as much again changes nothing.
+    lives_through(pair, asked, reference, 2 * ROUND, done)
+    before = rests(pair)
+    router = lives_through(pair, asked, reference, ROUND, done + 1)
+    after = rests(pair)
+    for name, old, new in zip(("P", "D"), before, after, strict=True):
+        assert new.descriptors <= old.descriptors + 2, name
+        assert new.threads <= old.threads + 1, name
+        assert new.resident_bytes <= old.resident_bytes + GROWTH_BYTES, name
+    assert totals["handed over"] > 0, totals
+    assert router.counts["handed over"] > ROUND // 4, router.counts
+    with capsys.disabled():
+        print(
+            f"\nsoak: {done} requests in {storm_s:.0f} s, {KILLS} kills, {dict(totals)}; "
+            f"held before and after the last {ROUND}: {before} {after}"
+        )
