@@ -126,6 +126,10 @@ class OpenRequest:
                 raise HttpError(response.status, content.decode(errors="replace"))
             return content
 
+    def completion(self) -> Reply:
+        """Wait for the answer; errors as with ``reply``."""
+        return Reply.of(json.loads(self.reply()))
+
     def lines(self) -> Iterator[str]:
         """Yield the lines of a streamed answer as they come."""
         with contextlib.closing(self._connection):
@@ -292,7 +296,7 @@ class VllmServer:
         **body: Json,
     ) -> Reply:
         """Return what follows a prompt."""
-        return Reply.of(json.loads(self.open(tokens, max_tokens, params, deadline_s, **body).reply()))
+        return self.open(tokens, max_tokens, params, deadline_s, **body).completion()
 
     def open(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import http.client
-import json
 import os
 import random
 import threading
@@ -90,7 +89,7 @@ class Router:
                     self._leave(request, leaves_after_s)
                     self._count("left at D")
                     return None
-                reply = Reply.of(json.loads(request.reply()))
+                reply = request.completion()
             except Gone as error:
                 if isinstance(error, HttpError) and error.status < 500:
                     raise
@@ -108,7 +107,7 @@ class Router:
                 self._leave(request, leaves_after_s)
                 self._count("left at P")
                 return None
-            return own_count(Reply.of(json.loads(request.reply())).params or {}) or None
+            return own_count(request.completion().params or {}) or None
         except Gone as error:
             if isinstance(error, HttpError) and error.status < 500:
                 raise
