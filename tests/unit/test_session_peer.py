@@ -244,11 +244,11 @@ def test_an_engine_that_came_back_is_asked_anew(engine: Make, decode: HandingEng
     port = first.handoffs.address[1]
     first.close()
     second = engine("P2", config(listen=f"tcp://127.0.0.1:{port}"))
-    done(decode, decode.decode(prompt(2 * BLOCK, seed=1), stale))
-    assert decode.records[-1].peer_failed == "gone"
     fresh = second.prefill(prompt(3 * BLOCK, seed=2))
     done(decode, decode.decode(prompt(3 * BLOCK, seed=2), fresh))
     assert decode.records[-1].matched_tokens == {"peer": 3 * BLOCK}
+    done(decode, decode.decode(prompt(2 * BLOCK, seed=1), stale))
+    assert decode.records[-1].peer_failed == "gone"
     rest(second, decode)
 
 

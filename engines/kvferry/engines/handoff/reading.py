@@ -265,32 +265,31 @@ class _Link:
         return moved
 
     def _claim(self, read: PeerRead, deadline: float) -> tuple[PeerCaller, Claimed]:
-        """Claim the lease; over a new connection if the one there is turns out to be dead."""
-        is_fresh = self._caller is None
-        while True:
-            caller = self._connected(read, deadline)
+        """Claim the lease; over a new connection if the one there is turns out to be dead, or of a former life."""
+        if self._caller is not None:
             try:
-                return caller, caller.claim(
-                    read.source.request_id, read.reader, read.num_tokens, read.content, deadline
-                )
+                return self._claim_over(self._caller, read, deadline)
             except HandoffFailed as failure:
-                if is_fresh or failure.reason != "disconnected":
+                is_stale = self._caller.welcome.engine_id != read.source.engine_id
+                if failure.reason != "disconnected" and not is_stale:
                     raise
             self._disconnect()
-            is_fresh = True
+        return self._claim_over(self._connect(read, deadline), read, deadline)
 
-    def _connected(self, read: PeerRead, deadline: float) -> PeerCaller:
-        if self._caller is None:
-            self._caller = self._reads.call(self._where, read.fingerprint, deadline)
-            try:
-                self._ranks = self._connect_ranks(self._caller.welcome.ranks, deadline)
-            except HandoffFailed:
-                self._disconnect()
-                raise
-        if self._caller.welcome.engine_id != read.source.engine_id:
-            raise HandoffFailed(
-                "gone", f"engine {self._caller.welcome.engine_id} is there now, not {read.source.engine_id}"
-            )
+    def _claim_over(self, caller: PeerCaller, read: PeerRead, deadline: float) -> tuple[PeerCaller, Claimed]:
+        source, there = read.source, caller.welcome.engine_id
+        if there != source.engine_id:
+            raise HandoffFailed("gone", f"engine {there} is there now, not {source.engine_id}")
+        claimed = caller.claim(source.request_id, read.reader, read.num_tokens, read.content, deadline)
+        return caller, claimed
+
+    def _connect(self, read: PeerRead, deadline: float) -> PeerCaller:
+        self._caller = self._reads.call(self._where, read.fingerprint, deadline)
+        try:
+            self._ranks = self._connect_ranks(self._caller.welcome.ranks, deadline)
+        except HandoffFailed:
+            self._disconnect()
+            raise
         return self._caller
 
     def _connect_ranks(self, ranks: list[RemotePages], deadline: float) -> list[_Rank]:

@@ -22,6 +22,7 @@ from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.handoff.transports import chosen, context, usable
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.stager import Bytes, Stager, StagerResults, Staging
+from kvferry.engines.vllm.affinity import unbound
 from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
 from kvferry.engines.vllm.memory import page_memory
 from kvferry.engines.vllm.selftest import round_trip
@@ -71,7 +72,8 @@ class WorkerSide:
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
             logger.error("kvferry is off on %s", self._problem)
             return
-        self._stager = Stager(staging, self._layout, self._shard, self._open_handoffs(layers))
+        with unbound():
+            self._stager = Stager(staging, self._layout, self._shard, self._open_handoffs(layers))
 
     def _open_handoffs(self, layers: list[torch.Tensor]) -> PeerReads | None:
         """Make this rank's pages readable for others, and others' for it, as far as the role goes."""
