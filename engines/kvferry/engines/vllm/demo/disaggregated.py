@@ -42,9 +42,13 @@ def measure(checkpoint: Path, device: Device, scratch: Path) -> HandoffRun:
     Raises:
         click.ClickException: One of them did not start, ended, or handed nothing over.
     """
+    one, other = device.halves()
     prefill, decode = (
-        Server(title, checkpoint, device, [*handoff_flags(role), *device.sharing_flags()], scratch / role)
-        for title, role in (("2. prefill engine", "kv_producer"), ("1. decode engine", "kv_consumer"))
+        Server(title, checkpoint, half, handoff_flags(role), scratch / role)
+        for title, role, half in (
+            ("2. prefill engine", "kv_producer", one),
+            ("1. decode engine", "kv_consumer", other),
+        )
     )
     with (
         decode,

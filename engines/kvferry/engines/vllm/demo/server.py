@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -41,11 +42,29 @@ class Device:
     Args:
         name: ``cpu`` or ``gpu``.
         vllm: Distribution and version, for people.
+        cores: The processors to compute on; None for all that this process may use. Ignored on a GPU.
+        is_shared: Whether another engine runs on it, too.
     """
 
-    def __init__(self, name: str, vllm: str) -> None:
+    def __init__(
+        self, name: str, vllm: str, cores: Sequence[int] | None = None, is_shared: bool = False
+    ) -> None:
         self.name = name
         self.vllm = vllm
+        self._cores = sorted(os.sched_getaffinity(0)) if cores is None else list(cores)
+        self._is_shared = is_shared
+
+    def halves(self) -> tuple[Device, Device]:
+        """Return what two engines run on that run at the same time.
+
+        On the CPU each has its own processors: an engine that waits polls without a pause.
+        """
+        middle = (len(self._cores) + 1) // 2
+        first, second = self._cores[:middle], self._cores[middle:] or self._cores
+        return (
+            Device(self.name, self.vllm, first, is_shared=True),
+            Device(self.name, self.vllm, second, is_shared=True),
+        )
 
     def environment(self) -> dict[str, str]:
         """Return variables that vLLM reads on this device; the user's own values win."""
@@ -53,17 +72,16 @@ class Device:
             return {}
         # Left alone, vLLM keeps one core for itself without a connector and two with one: the runs would
         # not be comparable.
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        cores = ",".join(map(str, self._cores))
         wanted = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
         return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
     def flags(self) -> list[str]:
         """Return vLLM's flags that only make sense on this device."""
-        return [] if self.name == "cpu" else ["--kv-cache-memory-bytes", str(GIB)]
-
-    def sharing_flags(self) -> list[str]:
-        """Return vLLM's flags that let two engines run on this device."""
-        return [] if self.name == "cpu" else ["--gpu-memory-utilization", "0.4"]
+        if self.name == "cpu":
+            return []
+        shared = ["--gpu-memory-utilization", "0.4"] if self._is_shared else []
+        return ["--kv-cache-memory-bytes", str(GIB), *shared]
 
 
 def find_device() -> Device:
