@@ -459,7 +459,7 @@ def test_the_example_of_the_docs_knows_what_is_cached(publisher: EventPublisher,
             router.stdout.close()
 
 
-def stored(inside: ServerInside) -> set[bytes]:
+def stored_keys(inside: ServerInside) -> set[bytes]:
     return {key for event in inside.events if event.kind == "stored" for key in event.keys}
 
 
@@ -470,7 +470,7 @@ def test_what_is_published_is_true_of_a_pool(publisher: EventPublisher) -> None:
         for round_ in range(5):
             engine.save(prefix(3, str(round_)))
         last = set(prefix(3, "4"))
-        wait_until("all is told", lambda: last <= stored(inside) and pool.service.has_pending() is False)
+        wait_until("all is told", lambda: last <= stored_keys(inside) and pool.service.has_pending() is False)
         publisher.publish("", FINGERPRINT, 16, inside.events)
         believed: set[bytes | int] = set()
         wait_until("it was sent", lambda: any(router.ask(0)))
