@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pair import Pair, running
+from pair import Pair, peer, running
 from test_server import PROMPTS
 
 from kvferry.engines.vllm.demo.model import default_cache_dir, prepare
@@ -16,7 +16,8 @@ ANSWER = 24
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with running(prepare(default_cache_dir()), tmp_path_factory.mktemp("real")) as engines:
+    config = {"kvferry": peer(deadline_s=120.0, lease_s=120.0)}
+    with running(prepare(default_cache_dir()), tmp_path_factory.mktemp("real"), config, config) as engines:
         yield engines
         engines.settle()
 
