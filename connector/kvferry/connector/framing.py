@@ -16,6 +16,7 @@ __all__ = [
     "MAX_KEYS",
     "MAX_MESSAGE_BYTES",
     "MessageReader",
+    "framed",
     "message_length",
     "pack_keys",
     "unpack_keys",
@@ -25,6 +26,17 @@ LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_KEYS = 8192
 """Keys in one message."""
+
+
+def framed(body: bytes, what: str) -> bytes:
+    """Return a message's body with its length before it.
+
+    Raises:
+        WireError: It is longer than anybody would accept; ``what`` names it.
+    """
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a {what} of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
+    return LENGTH.pack(len(body)) + body
 
 
 def message_length(prefix: bytes | bytearray | memoryview) -> int:

@@ -23,6 +23,7 @@ from kvferry.connector.framing import (
     MAX_KEYS,
     MAX_MESSAGE_BYTES,
     MessageReader,
+    framed,
     message_length,
     pack_keys,
     unpack_keys,
@@ -466,10 +467,7 @@ def encode(message: Request | Reply) -> bytes:
     Raises:
         WireError: It is longer than anybody would accept.
     """
-    body = _encoder.encode(message)
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise WireError(f"a {type(message).__name__} of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
-    return LENGTH.pack(len(body)) + body
+    return framed(_encoder.encode(message), type(message).__name__)
 
 
 def decode_request(body: bytes | bytearray | memoryview) -> Request:

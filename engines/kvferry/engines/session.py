@@ -401,7 +401,7 @@ class EngineSessions:
         lease = self._service.lease(request_id, keys)
         leased = len(lease.places)
         session.note(offered_tokens=offered_tokens)
-        is_whole = local_tokens >= end_token or (first + leased) * self._block_tokens >= end_token
+        is_whole = (first + leased) * self._block_tokens >= end_token
         source = None if is_whole or self._peers is None else self._peers.source(request_id)
         peer = None
         if source is not None and end_token == session.peer_tokens:

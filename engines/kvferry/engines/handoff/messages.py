@@ -18,7 +18,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from kvferry.connector.errors import WireError
-from kvferry.connector.framing import LENGTH, MAX_MESSAGE_BYTES
+from kvferry.connector.framing import framed
 from kvferry.connector.transport import RemotePages
 from kvferry.engines.handoff.params import MAX_NAME, MAX_TOKENS
 
@@ -210,10 +210,7 @@ def encode(message: Request | Reply) -> bytes:
     Raises:
         WireError: It is longer than anybody would accept.
     """
-    body = _encoder.encode(message)
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise WireError(f"a {type(message).__name__} of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
-    return LENGTH.pack(len(body)) + body
+    return framed(_encoder.encode(message), type(message).__name__)
 
 
 def decode_request(body: bytes) -> Request:
