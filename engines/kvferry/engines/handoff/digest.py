@@ -33,28 +33,38 @@ class PageDigester:
 
     def __init__(self, memory: PageMemory) -> None:
         assert memory.device == "cpu"
-        layout = memory.layout
-        self._num_heads = layout.num_heads
-        buffer = np.frombuffer(
-            memoryview((ctypes.c_uint8 * memory.nbytes).from_address(memory.address)), np.uint8
-        )
-        shape = (layout.num_pages, layout.num_heads, layout.page_tokens, layout.kv_factor, layout.head_bytes)
-        strides = (layout.page_stride, layout.head_stride, layout.token_stride, layout.kv_stride, 1)
-        self._layers = [
-            np.ndarray(shape, np.uint8, buffer=buffer, offset=offset, strides=strides)
-            for offset in layout.layer_offsets
-        ]
+        self._layout = layout = memory.layout
+        everything = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
+        self._bytes = memoryview(everything).cast("B")
+        self._run_bytes = layout.page_tokens * layout.kv_factor * layout.head_bytes
+        one_run = (layout.kv_factor * layout.head_bytes, layout.head_bytes)
+        is_one_run = (layout.token_stride, layout.kv_stride) == one_run
+        self._update = self._update_runs if is_one_run else self._update_strided
 
     def digest(self, pages: Sequence[int] | npt.NDArray[np.int32]) -> bytes:
         """Return ``DIGEST_BYTES`` for each page and, within it, each head of the rank."""
+        layout = self._layout
         found = bytearray()
         for page in pages:
-            for head in range(self._num_heads):
+            for head in range(layout.num_heads):
                 hasher = xxhash.xxh3_64()
-                for layer in self._layers:
-                    hasher.update(np.ascontiguousarray(layer[page, head]).data)
+                self._update(hasher, int(page) * layout.page_stride + head * layout.head_stride)
                 found += hasher.digest()
         return bytes(found)
+
+    def _update_runs(self, hasher: xxhash.xxh3_64, start: int) -> None:
+        """Take in a head whose bytes of one layer lie together; ``start`` is where they do in the first layer at 0."""
+        everything, update, end = self._bytes, hasher.update, start + self._run_bytes
+        for offset in self._layout.layer_offsets:
+            update(everything[offset + start : offset + end])
+
+    def _update_strided(self, hasher: xxhash.xxh3_64, start: int) -> None:
+        layout = self._layout
+        shape = (layout.page_tokens, layout.kv_factor, layout.head_bytes)
+        strides = (layout.token_stride, layout.kv_stride, 1)
+        for offset in layout.layer_offsets:
+            scattered = np.ndarray(shape, np.uint8, self._bytes, offset + start, strides)
+            hasher.update(np.ascontiguousarray(scattered).data)
 
 
 def part(digests: bytes, owned: Heads, wanted: Heads) -> bytes:
