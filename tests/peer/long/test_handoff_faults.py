@@ -21,13 +21,13 @@ from prompts import Prompt, random_tokens
 from proxy import Proxy
 from serving import PAGE, HttpError, Json, Reply, free_port
 
-LEASE_S = 3.0
-DEADLINE_S = 8.0
+LEASE_S = 5.0
+DEADLINE_S = 10.0
 SLACK_S = 5.0
 """For a busy machine, beyond what is waited for."""
 LENGTH = 40 * PAGE
 """Pages enough to be in the middle of them."""
-PAUSE_S = 0.06
+PAUSE_S = 0.12
 """Per page: all of them take less than a deadline, and more than a fault needs."""
 P_PAGES = 128
 """Few, so that freed ones are soon another request's."""
