@@ -19,19 +19,20 @@ class Holdings(NamedTuple):
 
     descriptors: int
     threads: int
-    resident_bytes: int
+    private_bytes: int
+    """Without the arena, which is bounded and filled step by step."""
 
 
 def holdings(pids: Sequence[int]) -> Holdings:
     """Return what processes hold now; those that have ended hold nothing."""
-    descriptors = threads = resident = 0
+    descriptors = threads = private = 0
     for pid in pids:
         with contextlib.suppress(OSError):
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
             status = dict(line.split(":", 1) for line in _read(pid, "status").splitlines())
             threads += int(status["Threads"])
-            resident += int(status["VmRSS"].split()[0]) << 10
-    return Holdings(descriptors, threads, resident)
+            private += int(status["RssAnon"].split()[0]) << 10
+    return Holdings(descriptors, threads, private)
 
 
 def thread_names(pids: Sequence[int]) -> list[str]:
