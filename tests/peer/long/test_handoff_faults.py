@@ -21,8 +21,8 @@ from prompts import Prompt, random_tokens
 from proxy import Proxy
 from serving import PAGE, HttpError, Json, Reply, free_port
 
-LEASE_S = 5.0
-DEADLINE_S = 10.0
+LEASE_S = 10.0
+DEADLINE_S = 15.0
 SLACK_S = 5.0
 """For a busy machine, beyond what is waited for."""
 LENGTH = 40 * PAGE
