@@ -37,14 +37,8 @@ class GatedPages(HostStaging):
 
     gate: threading.Event
 
-    def mark(self) -> object:
-        return None
-
     def wait(self, mark: object) -> None:
         assert self.gate.wait(DEADLINE_S)
-
-    def finish(self) -> None:
-        pass
 
 
 class Rank:

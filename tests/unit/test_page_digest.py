@@ -22,8 +22,8 @@ def test_a_digest_is_that_of_the_canonical_bytes_of_a_head(seed: int) -> None:
     for index, page in enumerate(pages):
         for head in range(memory.heads.count):
             one = Heads(memory.heads.first + head, 1)
-            canonical = np.zeros(memory.page_bytes(one), np.uint8)
-            memory.stage(one).gather([page], canonical)
+            canonical = np.zeros((1, memory.page_bytes(one)), np.uint8)
+            memory.stage(one).gather(np.array([[page]], np.int32), np.array([0]), canonical)
             at = (index * memory.heads.count + head) * DIGEST_BYTES
             assert found[at : at + DIGEST_BYTES] == xxhash.xxh3_64_digest(canonical.tobytes())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from unittest import mock
 
@@ -35,6 +35,7 @@ from kvferry.connector.channel import Channel
 from kvferry.connector.config import TlsConfig
 from kvferry.connector.dialing import dial
 from kvferry.connector.errors import HandoffFailed, WireError
+from kvferry.connector.staging import PageIds, SlotIds
 from kvferry.connector.transport import Heads, PageMemory, PageReader, PageStaging, TransportType
 from kvferry.plugins.peer import socket_exporter, socket_pieces, socket_reader, socket_wire
 from kvferry.plugins.peer.socket_pieces import PieceBuffer
@@ -74,11 +75,15 @@ def staged(rank: Rank, around: Callable[[Callable[[], None]], None]) -> Rank:
         def __init__(self, heads: Heads) -> None:
             self._staging = stage(heads)
 
-        def gather(self, page_ids: Sequence[int], slot: memoryview | Bytes) -> None:
-            around(lambda: self._staging.gather(page_ids, slot))
+        def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+            for row in range(len(slots)):
+                one = slice(row, row + 1)
+                around(lambda one=one: self._staging.gather(page_ids[one], slots[one], arena))
 
-        def scatter(self, slot: memoryview | Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-            around(lambda: self._staging.scatter(slot, page_ids, first_page))
+        def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+            for row in range(len(slots)):
+                one = slice(row, row + 1)
+                around(lambda one=one: self._staging.scatter(page_ids[one], slots[one], arena))
 
     return rank._replace(memory=with_stage(rank.memory, Staging))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -13,8 +13,11 @@ import pytest
 
 from kvferry.connector.arena import Arena, ArenaHandle
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.staging import Bytes, PageIds, SlotIds
+from kvferry.engines import jobs as jobs_module
+from kvferry.engines import stager as stager_module
 from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs
-from kvferry.engines.stager import Bytes, Stager, StagerResults
+from kvferry.engines.stager import Stager, StagerResults
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_tokens=8, head_dim=16, itemsize=2)
 DEADLINE_S = 10.0
@@ -22,11 +25,21 @@ GENERATION = 5
 
 
 class Pages:
-    """Copies whole slots to and from one page, and only while the gate is open."""
+    """Copies whole slots to and from one page, and only while the gate is open.
+
+    Like a GPU's, copies are only complete when somebody waits for them.
+    """
+
+    pages_per_block = 1
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.page = np.zeros(LAYOUT.slot_bytes, np.uint8)
+        self.batches: list[int] = []
+        self.under_way = 0
+        self.on_copy: Callable[[], None] = lambda: None
+        self.detached: list[int] = []
+        self.is_closed = False
 
     def mark(self) -> object:
         return None
@@ -34,14 +47,28 @@ class Pages:
     def wait(self, mark: object) -> None:
         assert self.gate.wait(DEADLINE_S)
 
-    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
-        slot[:] = self.page
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._note(len(slots))
+        arena[slots] = self.page
 
-    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        self.page[:] = slot
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._note(len(slots))
+        self.page[:] = arena[slots[-1]]
+
+    def _note(self, blocks: int) -> None:
+        self.batches.append(blocks)
+        self.under_way += blocks
+        self.on_copy()
 
     def finish(self) -> None:
-        pass
+        self.under_way = 0
+
+    def detach(self, arena: Bytes) -> None:
+        assert not self.under_way
+        self.detached.append(int(arena[0, 0]))
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 class Server:
@@ -236,3 +263,126 @@ def test_an_embedded_arena_that_cannot_be_mapped_switches_the_rank_off(stager: S
     step(stager, handle, LoadJob("a", COPY))
     assert "cannot map the arena" in results(stager, 1).report.problem
     with_nothing.close()
+
+
+# Batches
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_module, "MOST_BLOCKS", 2)
+
+
+MANY = COPY * 5
+
+
+def test_many_blocks_are_copied_in_bounded_batches(
+    small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    pages.gate.set()
+    step(stager, servers(1).handle(), LoadJob("a", MANY))
+    assert results(stager, 1).failed_loads == set()
+    assert pages.batches == [2, 2, 1]
+
+
+def test_a_slot_that_changes_hands_between_two_batches_ends_the_load(
+    small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    server = servers(1)
+    pages.gate.set()
+    pages.on_copy = lambda: server.arena.set_generation(0, GENERATION + 1)
+    step(stager, server.handle(), LoadJob("a", MANY))
+    assert results(stager, 1).failed_loads == {"a"}
+    assert pages.batches == [2]
+
+
+def test_a_slot_that_changes_hands_under_the_last_batch_fails_the_load(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    server = servers(1)
+    pages.gate.set()
+    pages.on_copy = lambda: server.arena.set_generation(0, GENERATION + 1)
+    step(stager, server.handle(), LoadJob("a", COPY))
+    assert results(stager, 1).failed_loads == {"a"}
+
+
+def test_a_save_that_was_given_up_stops_after_the_batch(
+    small_batches: None,
+    stager: Stager,
+    pages: Pages,
+    servers: Callable[[int], Server],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stager_module, "_FENCE_DEADLINE_S", 0.0)
+    pages.gate.set()
+    pages.on_copy = lambda: stager.fence([7])
+    step(stager, servers(1).handle(), SaveJob(7, "a", MANY))
+    assert results(stager, 1).report.failed_saves == {7}
+    assert pages.batches == [2]
+
+
+def test_a_rank_that_is_switched_off_stops_after_the_batch(
+    small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    pages.gate.set()
+    pages.on_copy = lambda: stager.disable("switched off")
+    step(stager, servers(1).handle(), LoadJob("a", MANY))
+    assert results(stager, 1).failed_loads == {"a"}
+    assert pages.batches == [2]
+
+
+def test_a_job_is_not_reported_while_its_copies_are_under_way(
+    small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    """Also where a later batch fails: its pages are given to others as soon as the job is reported."""
+    pages.gate.set()
+
+    def fail_at_the_second() -> None:
+        if len(pages.batches) == 2:
+            raise RuntimeError("no more")
+
+    pages.on_copy = fail_at_the_second
+    step(stager, servers(1).handle(), LoadJob("a", MANY))
+    through = results(stager, 1)
+    assert through.failed_loads == {"a"}
+    assert "no more" in through.report.problem
+    assert pages.under_way == 0
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        BlockCopy(0, GENERATION, 1, (0,)),
+        BlockCopy(0, GENERATION, -1, (0,)),
+        BlockCopy(0, GENERATION, 0, (0, 1)),
+        BlockCopy(0, GENERATION, 0, (-1,)),
+    ],
+)
+def test_pages_that_do_not_exist_are_not_left_out_in_silence(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server], copy: BlockCopy
+) -> None:
+    pages.gate.set()
+    step(stager, servers(1).handle(), LoadJob("a", (copy,)))
+    assert results(stager, 1).failed_loads == {"a"}
+    assert pages.batches == []
+
+
+def test_staging_lets_go_of_an_arena_before_it_is_unmapped(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    old, new = servers(1), servers(2)
+    pages.gate.set()
+    step(stager, old.handle(), LoadJob("a", COPY))
+    step(stager, new.handle(), LoadJob("b", COPY))
+    results(stager, 2)
+    assert pages.detached == [1]
+    stager.close()
+    assert pages.is_closed
+
+
+def test_first_pages_and_short_tails_become_rows_with_gaps() -> None:
+    copies = [BlockCopy(4, 1, 0, (7, 8, 9)), BlockCopy(2, 1, 2, (5,)), BlockCopy(0, 1, 0, (3,))]
+    (batch,) = jobs_module.copy_batches(copies, 3)
+    assert batch.page_ids.tolist() == [[7, 8, 9], [-1, -1, 5], [3, -1, -1]]
+    assert batch.slots.tolist() == [4, 2, 0]
+    assert (batch.page_ids.dtype, batch.slots.dtype) == (np.int32, np.int64)

@@ -48,12 +48,13 @@ def test_a_page_is_staged_as_its_heads_in_order(seed: int) -> None:
     rank, _ = two_ranks(seed)
     heads = rank.memory.heads
     page = seed % rank.layout.num_pages
+    batch = np.array([[page]], np.int32), np.array([0])
     slot = np.empty(rank.memory.page_bytes(heads), np.uint8)
-    rank.memory.stage(heads).gather([page], slot)
+    rank.memory.stage(heads).gather(*batch, slot[np.newaxis])
     assert np.array_equal(slot, rank.pages[vectors(rank, heads, page)].ravel())
     parts = np.empty_like(slot).reshape(heads.count, -1)
     for head, part in zip(range(heads.first, heads.end), parts, strict=True):
-        rank.memory.stage(Heads(head, 1)).gather([page], part)
+        rank.memory.stage(Heads(head, 1)).gather(*batch, part[np.newaxis])
     assert np.array_equal(parts.ravel(), slot)
 
 

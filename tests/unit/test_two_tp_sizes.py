@@ -6,7 +6,7 @@ frames, and a disk tier that is closed and opened again between the two engines.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from kvferry.connector.frame import HEADER_BYTES, FrameSeal
 from kvferry.connector.keys import BlockKey, KeyChain, ModelIdentity, Scope, root_key
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.registry import PluginRegistry
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds
 from kvferry.connector.tier import Frame, Outcome, Tier, TierContext
 
 BLOCK = BlockLayout(num_layers=3, num_kv_heads=4, block_tokens=32, head_dim=16, itemsize=2)
@@ -119,20 +119,18 @@ class Engine:
         for name, vector in self.each_vector():
             vector[:] = computed(name)
 
-    def pages_of(self, block: int) -> Sequence[int]:
-        per_block = BLOCK.block_tokens // self.page_tokens
-        return self.pages[block * per_block : (block + 1) * per_block]
+    def batch(self, arena: Arena) -> tuple[PageIds, SlotIds, Bytes]:
+        """All blocks, in the slots of their numbers."""
+        return np.array(self.pages, np.int32).reshape(BLOCKS, -1), np.arange(BLOCKS), arena.slots_array
 
     def save(self, arena: Arena) -> None:
-        for block in range(BLOCKS):
-            for rank in self.ranks:
-                if rank.shard.is_writer:
-                    rank.staging.gather(self.pages_of(block), arena.slot(block))
+        for rank in self.ranks:
+            if rank.shard.is_writer:
+                rank.staging.gather(*self.batch(arena))
 
     def restore(self, arena: Arena) -> None:
-        for block in range(BLOCKS):
-            for rank in self.ranks:
-                rank.staging.scatter(arena.slot(block), self.pages_of(block))
+        for rank in self.ranks:
+            rank.staging.scatter(*self.batch(arena))
 
 
 def computed(name: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:

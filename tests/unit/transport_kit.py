@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_staging import KINDS, page_layout
+from staging_kit import KINDS, page_layout
 
 from kvferry.connector.errors import HandoffFailed, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard

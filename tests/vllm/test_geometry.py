@@ -12,9 +12,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.staging import HostStaging
 from kvferry.engines.vllm.geometry import page_layout, pages_array
 from kvferry.engines.vllm.selftest import round_trip
-from kvferry.engines.vllm.worker import _HostPages
+from kvferry.engines.vllm.worker import _ManagerPages
 
 LAYERS, PAGES, TOKENS, HEAD_DIM = 3, 8, 16, 8
 
@@ -50,7 +51,7 @@ def test_blocks_survive_in_every_physical_order(
         shard = block(heads, dtype).shard(rank, tp_size)
         layers = cache(order, shard.num_heads, dtype)
         layout = page_layout(layers, block(heads, dtype))
-        staging = _HostPages(pages_array(layers[0]), layout, block(heads, dtype), shard)
+        staging = HostStaging(pages_array(layers[0]), layout, block(heads, dtype), shard)
         round_trip(staging, layers, block(heads, dtype), shard)
         assert not any(layer.any() for layer in layers), "the self-test leaves the cache as it was"
 
@@ -60,23 +61,40 @@ def test_what_one_tp_size_writes_another_reads() -> None:
     layers = cache(order, 4)
     for layer in layers:
         layer.copy_(torch.randn(layer.shape))
-    slot = np.zeros(whole.slot_bytes, np.uint8)
-    one = _HostPages(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
-    one.gather([5, 2], slot)
+    slots, arena = np.array([0]), np.zeros((1, whole.slot_bytes), np.uint8)
+    one = HostStaging(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
+    one.gather(np.array([[5, 2]], np.int32), slots, arena)
     for rank in range(2):
         shard = whole.shard(rank, 2)
         halves = cache(KVCacheLayout.BLNHC, 2)
-        half = _HostPages(pages_array(halves[0]), page_layout(halves, whole), whole, shard)
-        half.scatter(slot, [1, 6])
+        half = HostStaging(pages_array(halves[0]), page_layout(halves, whole), whole, shard)
+        half.scatter(np.array([[1, 6]], np.int32), slots, arena)
         for layer, full in zip(halves, layers, strict=True):
             assert torch.equal(layer[[1, 6]], full[[5, 2]][:, shard.first_head : shard.first_head + 2])
+
+
+def test_pages_that_the_kernel_splits_go_by_the_managers_ids() -> None:
+    whole = block(4)
+    layers = cache(KVCacheLayout.LBHNC, 4)
+    for layer in layers:
+        layer.copy_(torch.randn(layer.shape))
+    kernel = HostStaging(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
+    manager = _ManagerPages(kernel, 2)
+    assert manager.pages_per_block == 1
+    found, expected = (np.zeros((2, whole.slot_bytes), np.uint8) for _ in range(2))
+    manager.gather(np.array([[3], [-1]], np.int32), np.array([1, 0]), found)
+    kernel.gather(np.array([[6, 7]], np.int32), np.array([1]), expected)
+    assert np.array_equal(found, expected)
+    for page in (PAGES // 2, (1 << 31) - 1):
+        with pytest.raises(LayoutError, match="outside the engine's"):
+            manager.scatter(np.array([[page]], np.int32), np.array([0]), found)
 
 
 def test_the_self_test_finds_a_wrong_stride() -> None:
     whole = block(4)
     layers = cache(KVCacheLayout.LBHNC, 4)
     swapped = page_layout(cache(KVCacheLayout.LBNHC, 4), whole)
-    staging = _HostPages(pages_array(layers[0]), swapped, whole, whole.shard(0, 1))
+    staging = HostStaging(pages_array(layers[0]), swapped, whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="layer 0 lies in a block in an order"):
         round_trip(staging, layers, whole, whole.shard(0, 1))
 
@@ -85,7 +103,7 @@ def test_the_self_test_finds_swapped_layers() -> None:
     whole = block(4)
     layers = cache(KVCacheLayout.LBHNC, 4)
     layout = page_layout([layers[1], layers[0], layers[2]], whole)
-    staging = _HostPages(pages_array(layers[0]), layout, whole, whole.shard(0, 1))
+    staging = HostStaging(pages_array(layers[0]), layout, whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="layer 0"):
         round_trip(staging, layers, whole, whole.shard(0, 1))
 
@@ -99,6 +117,6 @@ def test_separate_allocations_are_refused() -> None:
 def test_a_cache_too_small_for_one_block_is_refused() -> None:
     whole = block(4, pages_per_block=PAGES + 1)
     layers = cache(KVCacheLayout.LBHNC, 4)
-    staging = _HostPages(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
+    staging = HostStaging(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="one block alone needs"):
         round_trip(staging, layers, whole, whole.shard(0, 1))

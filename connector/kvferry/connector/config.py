@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 
 import msgspec
 
-__all__ = ["MOST_THREADS", "Config", "ExplainConfig", "HostConfig", "PeerConfig", "TierConfig", "TlsConfig"]
+__all__ = [
+    "MOST_THREADS",
+    "Config",
+    "CudaConfig",
+    "ExplainConfig",
+    "HostConfig",
+    "PeerConfig",
+    "TierConfig",
+    "TlsConfig",
+]
 
 GIB = 1 << 30
 MOST_THREADS = 256
@@ -101,6 +110,18 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Seconds that a prefill's answer may wait until what it saved is visible to whoever shares the cache."""
 
 
+class CudaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How blocks move between a GPU's pages and the arena."""
+
+    path: Literal["auto", "kernel", "batch", "copies"] = "auto"
+    """``kernel`` gathers pages by a kernel and copies whole blocks; ``batch`` and ``copies`` copy every run of a page
+    by DMA, many or one to a call of the driver. ``auto`` measures at start for about a second and takes the fastest."""
+    thread_blocks: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
+    """Thread blocks of 512 threads that a kernel may have: what it takes of the GPU while the model computes."""
+    ring_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20
+    """Memory on the GPU that ``kernel`` gathers into, per rank; no less than four blocks' share of the rank."""
+
+
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """TLS towards a cache server; used with ``tls://`` addresses."""
 
@@ -144,6 +165,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     revision: str = ""
     """Revision of the weights for keys; found or digested when empty."""
     peer: PeerConfig = PeerConfig()
+    cuda: CudaConfig = CudaConfig()
     save: Literal["all", "prompt", "none"] = "all"
     """``all`` saves prompt and generated blocks, ``prompt`` only the prompt's, ``none`` nothing."""
     lease_s: Seconds = 60.0

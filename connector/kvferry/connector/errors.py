@@ -16,6 +16,7 @@ The tree follows responsibility, not modules: who has to act is readable from th
     │  └─ TierTimeout               it did not answer within its deadline
     ├─ WireError                    the other end of a connection broke the protocol
     ├─ AccessRefused                a credential was refused, by the server or by us
+    ├─ DeviceError                  CUDA: its driver or its compiler refused, or is not there
     ├─ HandoffFailed                pages of another engine could not be had; the request recomputes
     └─ BlockRefused                 bytes were offered that must not reach a model
 
@@ -32,6 +33,7 @@ __all__ = [
     "BlockRefused",
     "ClosedError",
     "ConfigError",
+    "DeviceError",
     "HandoffFailed",
     "KVFerryError",
     "LayoutError",
@@ -156,6 +158,25 @@ class WireError(KVFerryError):
 
 class AccessRefused(KVFerryError):
     """A credential was refused: the server's opinion of ours, or ours of the server."""
+
+
+class DeviceError(KVFerryError):
+    """CUDA's driver or compiler refused an operation, or is not there.
+
+    Args:
+        op: What was asked of it (``cuMemcpyBatchAsync``, ``compile staging.cu for sm_90``).
+        code: CUDA's name for the error (``CUDA_ERROR_INVALID_VALUE``), or the cause in words.
+        hint: What the operator can do.
+        log: What the compiler wrote.
+    """
+
+    def __init__(self, op: str, code: str, hint: str = "", log: str = "") -> None:
+        self.op = op
+        self.code = code
+        self.log = log
+        text = f"CUDA failed to {op}" if " " in op else f"{op} failed"
+        text += f": {code}" + (f"; {hint}" if hint else "")
+        super().__init__(text + (f"\n{log}" if log else ""))
 
 
 class HandoffFailed(KVFerryError):

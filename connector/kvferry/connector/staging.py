@@ -1,4 +1,4 @@
-"""Staging on the host: engine pages to arena slots and back, by strided copies.
+"""Staging: engine pages to arena slots and back. What it promises, and how it is done on the host, by strided copies.
 
 Two descriptions meet here: an engine's pages as byte strides (``PageLayout``) and the canonical block
 (``BlockLayout``). Both are turned into numpy views once, at construction; a copy is then one
@@ -12,8 +12,8 @@ numpy releases the GIL while it copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,11 @@ import numpy.typing as npt
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 
-__all__ = ["HostStaging"]
+__all__ = ["BatchBounds", "Bytes", "HostStaging", "PageIds", "SlotIds", "Staging"]
 
 Bytes = npt.NDArray[np.uint8]
+PageIds = npt.NDArray[np.int32]
+SlotIds = npt.NDArray[np.int64]
 
 
 class _Dim(NamedTuple):
@@ -45,8 +47,108 @@ class _LayerGroup(NamedTuple):
     slot_strides: tuple[int, ...]
 
 
+class Staging(Protocol):
+    """Copies one rank's shard of blocks between engine pages and the slots of an arena, many blocks at a time.
+
+    A batch is ``page_ids`` ``[blocks, pages_per_block]`` int32 and ``slots`` ``[blocks]`` int64. ``page_ids[i, j]`` is
+    the engine's page with the tokens of page j of the block in slot ``slots[i]``. A negative id means: not this page
+    of the block; its bytes are left alone on either side. So are a slot's bytes of other shards.
+
+    Copies may still be under way when a call returns, and those of several calls are in no order: between two
+    ``finish`` nothing that is written may be read or written by another copy. A call that raises LayoutError has copied
+    nothing; after any other error ``finish`` comes first, then nothing is under way any more.
+
+    ``mark`` is called on the engine's thread, everything else on the stager's.
+    """
+
+    @property
+    def pages_per_block(self) -> int:
+        """Engine pages that make up one block."""
+
+    def mark(self) -> object:
+        """Return a point in the engine's work that copies submitted now must come after."""
+
+    def wait(self, mark: object) -> None:
+        """Have all later copies come after ``mark``."""
+
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of the engine's pages into slots.
+
+        Args:
+            page_ids: See the class.
+            slots: Where the blocks go, each at most once.
+            arena: All slots, ``[slots, slot_bytes]`` uint8, contiguous; stays mapped until ``detach``.
+
+        Raises:
+            LayoutError: Ids or slots that do not exist, or arrays of other shapes or types.
+            DeviceError: A GPU refused.
+        """
+
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of slots into the engine's pages: as ``gather``, the other way; no page more than once."""
+
+    def finish(self) -> None:
+        """Wait until all copies so far are complete and visible to everybody."""
+
+    def detach(self, arena: Bytes) -> None:
+        """Let go of an arena, which is about to be unmapped. Nothing may be under way."""
+
+    def close(self) -> None:
+        """Let go of everything. Idempotent."""
+
+
+class BatchBounds(NamedTuple):
+    """What the ids of a batch must stay within."""
+
+    num_pages: int
+    pages_per_block: int
+    payload_bytes: int
+
+    def check_gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Raise LayoutError unless this is a batch of pages and slots that exist, and no slot is written twice."""
+        self._check(page_ids, slots, arena)
+        _check_distinct("slot", slots)
+
+    def check_scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Raise LayoutError unless this is a batch of pages and slots that exist, and no page is written twice."""
+        self._check(page_ids, slots, arena)
+        _check_distinct("page", page_ids[page_ids >= 0])
+
+    def _check(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        if page_ids.dtype != np.int32 or slots.dtype != np.int64 or arena.dtype != np.uint8:
+            raise LayoutError(
+                f"page ids, slots and arena are int32, int64 and uint8, not {page_ids.dtype}, "
+                f"{slots.dtype} and {arena.dtype}"
+            )
+        if slots.ndim != 1 or page_ids.shape != (slots.size, self.pages_per_block):
+            raise LayoutError(
+                f"{slots.shape} slots do not go with {page_ids.shape} pages: a block has {self.pages_per_block} pages"
+            )
+        if arena.ndim != 2 or not arena.flags.c_contiguous:
+            raise LayoutError("the slots must be given as contiguous [slots, slot_bytes]")
+        if arena.shape[1] < self.payload_bytes:
+            raise LayoutError(f"a slot of {arena.shape[1]} bytes cannot hold a block of {self.payload_bytes}")
+        if not slots.size:
+            return
+        if page_ids.max() >= self.num_pages:
+            raise LayoutError(f"page {page_ids.max()} is outside the engine's {self.num_pages} pages")
+        if slots.min() < 0 or slots.max() >= len(arena):
+            raise LayoutError(f"slots {slots.min()} to {slots.max()} are outside the arena's {len(arena)}")
+
+
+def _check_distinct(what: str, ids: PageIds | SlotIds) -> None:
+    if ids.size > 1:
+        in_order = np.sort(ids)
+        twice = in_order[1:][in_order[1:] == in_order[:-1]]
+        if twice.size:
+            raise LayoutError(f"{what} {twice[0]} is written twice by one batch")
+
+
 class HostStaging:
-    """Copies one rank's shard of blocks between engine pages and arena slots.
+    """Copies one rank's shard of blocks between engine pages in host memory and arena slots: see ``Staging``.
+
+    The engine's own work on such pages is over whenever it calls, and copies are complete when they return, so there
+    is nothing to wait for.
 
     Args:
         pages: The engine's KV memory, 1-D uint8, a view and not a copy; kept for the object's life.
@@ -61,10 +163,12 @@ class HostStaging:
     def __init__(self, pages: Bytes, page_layout: PageLayout, block: BlockLayout, shard: Shard) -> None:
         page_layout.check(block, shard)
         _check_pages(pages, page_layout)
-        self._num_pages = page_layout.num_pages
-        self._pages_per_block = block.block_tokens // page_layout.page_tokens
+        self._bounds = BatchBounds(
+            num_pages=page_layout.num_pages,
+            pages_per_block=block.block_tokens // page_layout.page_tokens,
+            payload_bytes=block.payload_bytes,
+        )
         self._page_step = page_layout.page_tokens * block.token_bytes
-        self._payload_bytes = block.payload_bytes
         self._groups = [
             _layer_group(pages, page_layout, block, shard, first, count)
             for first, count in _even_runs(page_layout.layer_offsets)
@@ -73,59 +177,51 @@ class HostStaging:
     @property
     def pages_per_block(self) -> int:
         """Engine pages that make up one block."""
-        return self._pages_per_block
+        return self._bounds.pages_per_block
 
-    def gather(self, page_ids: Sequence[int], slot: memoryview | Bytes) -> None:
-        """Copy all pages of a block into the shard's bytes of a slot.
+    def mark(self) -> object:
+        """Return nothing of use: the engine's work is over."""
+        return None
 
-        Args:
-            page_ids: The block's pages in token order, ``pages_per_block`` of them.
-            slot: At least ``payload_bytes`` writable bytes; bytes of other shards are not touched.
+    def wait(self, mark: object) -> None:
+        """Return at once."""
 
-        Raises:
-            LayoutError: A wrong number of pages, an id outside the engine's pages, a short slot.
-        """
-        if len(page_ids) != self._pages_per_block:
-            raise LayoutError(f"a block has {self._pages_per_block} pages, not {len(page_ids)}")
-        self._check(page_ids, slot)
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of the engine's pages into slots. Blocks until they are there."""
+        self._bounds.check_gather(page_ids, slots, arena)
+        for in_pages, in_slot in self._pairs(page_ids, slots, arena):
+            np.copyto(in_slot, in_pages)
+
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of slots into the engine's pages. Blocks until they are there."""
+        self._bounds.check_scatter(page_ids, slots, arena)
+        for in_pages, in_slot in self._pairs(page_ids, slots, arena):
+            np.copyto(in_pages, in_slot)
+
+    def finish(self) -> None:
+        """Return at once."""
+
+    def detach(self, arena: Bytes) -> None:
+        """Do nothing: no arena is held."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
+    def _pairs(
+        self, page_ids: PageIds, slots: SlotIds, arena: Bytes
+    ) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]]:
+        """Yield the same bytes in the engine's memory and in a slot, a page of a group of layers at a time."""
+        rows, indices = np.nonzero(page_ids >= 0)
+        pages = page_ids[rows, indices].tolist()
+        offsets = (slots[rows] * arena.shape[1] + indices * self._page_step).tolist()
         for group in self._groups:
-            for index, page in enumerate(page_ids):
-                np.copyto(self._in_slot(group, slot, index), group.pages[page, ...])
-
-    def scatter(self, slot: memoryview | Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        """Copy pages ``first_page`` onwards of a block from a slot into the given engine pages.
-
-        Args:
-            slot: At least ``payload_bytes`` bytes.
-            page_ids: Where the pages go; may end before the block does.
-            first_page: Index within the block of the page that goes to ``page_ids[0]``.
-
-        Raises:
-            LayoutError: More pages than the block has, an id outside the engine's pages, a short slot.
-        """
-        if first_page < 0 or first_page + len(page_ids) > self._pages_per_block:
-            raise LayoutError(
-                f"pages {first_page} to {first_page + len(page_ids)} are outside a block "
-                f"of {self._pages_per_block}"
-            )
-        self._check(page_ids, slot)
-        for group in self._groups:
-            for index, page in enumerate(page_ids, first_page):
-                np.copyto(group.pages[page, ...], self._in_slot(group, slot, index))
-
-    def _in_slot(self, group: _LayerGroup, slot: memoryview | Bytes, index: int) -> npt.NDArray[np.void]:
-        """View page ``index`` of the block in a slot."""
-        offset = group.slot_offset + index * self._page_step
-        return np.ndarray(
-            group.shape, group.pages.dtype, buffer=slot, offset=offset, strides=group.slot_strides
-        )
-
-    def _check(self, page_ids: Sequence[int], slot: memoryview | Bytes) -> None:
-        for page in page_ids:
-            if not 0 <= page < self._num_pages:
-                raise LayoutError(f"page {page} is outside the engine's {self._num_pages} pages")
-        if slot.nbytes < self._payload_bytes:
-            raise LayoutError(f"a slot of {slot.nbytes} bytes cannot hold a block of {self._payload_bytes}")
+            element = group.pages.dtype
+            for page, offset in zip(pages, offsets, strict=True):
+                at = offset + group.slot_offset
+                in_slot: npt.NDArray[np.void] = np.ndarray(
+                    group.shape, element, arena, at, group.slot_strides
+                )
+                yield group.pages[page, ...], in_slot
 
 
 def _check_pages(pages: Bytes, layout: PageLayout) -> None:

@@ -17,20 +17,20 @@ Methods of one exporter or reader may be called from several threads; a reader's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
+from kvferry.connector.staging import Bytes, PageIds, SlotIds
 
 __all__ = [
     "MAX_OFFER_BYTES",
     "Heads",
     "PageExporter",
+    "PageIds",
     "PageMemory",
     "PageReader",
     "PageStaging",
@@ -43,9 +43,6 @@ __all__ = [
 
 MAX_OFFER_BYTES = 16 << 10
 """What a rank may say of itself per transport."""
-
-Bytes = npt.NDArray[np.uint8]
-PageIds = npt.NDArray[np.int32]
 
 
 class Heads(msgspec.Struct, frozen=True):
@@ -61,13 +58,19 @@ class Heads(msgspec.Struct, frozen=True):
 
 
 class PageStaging(Protocol):
-    """Copies whole pages of some heads between the engine's memory and canonical bytes on the host."""
+    """Copies whole pages of some heads between the engine's memory and canonical bytes on the host.
 
-    def gather(self, page_ids: Sequence[int], slot: memoryview | Bytes) -> None:
-        """Copy one page, ``page_ids[0]``, to the start of ``slot`` as ``[head][layer][token][k_or_v][head_dim]``."""
+    As ``kvferry.connector.staging.Staging``, with blocks of one page, and complete when a call returns.
+    """
 
-    def scatter(self, slot: memoryview | Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        """Copy the start of ``slot`` into one page, ``page_ids[0]``."""
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy page ``page_ids[i, 0]`` to the start of row ``slots[i]`` of ``arena``, for all i.
+
+        There it is ``[head][layer][token][k_or_v][head_dim]``.
+        """
+
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy the start of row ``slots[i]`` of ``arena`` into page ``page_ids[i, 0]``, for all i."""
 
 
 class PageMemory:

@@ -6,14 +6,20 @@ shard it owns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from kvferry.connector.arena import ArenaHandle
+from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.staging import PageIds, SlotIds
 
 __all__ = [
     "BlockCopy",
+    "CopyBatch",
     "ExportJob",
     "LoadJob",
     "PeerCounts",
@@ -22,7 +28,11 @@ __all__ = [
     "SaveJob",
     "StepJobs",
     "WorkerReport",
+    "copy_batches",
 ]
+
+MOST_BLOCKS = 64
+"""In one batch: what is copied before anybody looks again whether it is still wanted."""
 
 
 class BlockCopy(NamedTuple):
@@ -34,6 +44,36 @@ class BlockCopy(NamedTuple):
     first_page: int
     """Which page of the block ``pages[0]`` is."""
     pages: tuple[int, ...]
+
+
+class CopyBatch(NamedTuple):
+    """Some blocks' copies, as staging takes them (``kvferry.connector.staging.Staging``)."""
+
+    copies: Sequence[BlockCopy]
+    page_ids: PageIds
+    """``[blocks, pages_per_block]``; -1 where a block's page is not copied."""
+    slots: SlotIds
+
+
+def copy_batches(copies: Sequence[BlockCopy], pages_per_block: int) -> Iterator[CopyBatch]:
+    """Yield all copies in their order, at most ``MOST_BLOCKS`` at a time.
+
+    Raises:
+        LayoutError: A copy has pages in front of its block or behind it, or negative ones.
+    """
+    for start in range(0, len(copies), MOST_BLOCKS):
+        some = copies[start : start + MOST_BLOCKS]
+        page_ids = np.full((len(some), pages_per_block), -1, np.int32)
+        for row, copy in zip(page_ids, some, strict=True):
+            end = copy.first_page + len(copy.pages)
+            if copy.first_page < 0 or end > pages_per_block:
+                raise LayoutError(
+                    f"pages {copy.first_page} to {end} are outside a block of {pages_per_block}"
+                )
+            if min(copy.pages, default=0) < 0:
+                raise LayoutError(f"page {min(copy.pages)} is no page: it would be left out without a word")
+            row[copy.first_page : end] = copy.pages
+        yield CopyBatch(some, page_ids, np.array([copy.slot for copy in some], np.int64))
 
 
 class PeerSource(NamedTuple):

@@ -12,6 +12,8 @@ Who owns what
     that were submitted for it.
   * A copy is good only if the slot's generation was the expected one before and after it; otherwise
     the load is reported as failed and the engine recomputes, or the save is not committed.
+  * A job is reported only when none of its copies is under way any more, however it ended: its pages and slots are
+    then given to others.
 """
 
 from __future__ import annotations
@@ -22,18 +24,16 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from kvferry.connector.arena import Arena, ArenaHandle
 from kvferry.connector.errors import HandoffFailed, KVFerryError
 from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.connector.staging import Staging
 from kvferry.engines.handoff.reading import PeerReads
-from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
+from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport, copy_batches
 
-__all__ = ["Stager", "StagerResults", "Staging"]
+__all__ = ["Stager", "StagerResults"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,30 +41,6 @@ _FENCE_DEADLINE_S = 30.0
 _CLOSE_DEADLINE_S = 10.0
 _RETRY_S = 1.0
 """Between two attempts to map an arena of a cache server."""
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class Staging(Protocol):
-    """Copies one rank's shard of blocks between engine pages and slots.
-
-    ``mark`` is called on the engine's thread, everything else on the stager's.
-    """
-
-    def mark(self) -> object:
-        """Return a point in the engine's work that copies submitted now must come after."""
-
-    def wait(self, mark: object) -> None:
-        """Wait until the engine's work has passed ``mark``."""
-
-    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
-        """Copy a block's pages into the shard's bytes of a slot."""
-
-    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        """Copy pages ``first_page`` and following of a block out of a slot."""
-
-    def finish(self) -> None:
-        """Wait until all copies so far are complete and visible to everybody."""
 
 
 class _Submitted(NamedTuple):
@@ -88,7 +64,7 @@ class Stager:
     """Carries out a rank's jobs on a thread of its own.
 
     Args:
-        staging: Copies between this rank's pages and slots.
+        staging: Copies between this rank's pages and slots. Closed with the stager.
         layout: The block geometry this rank derived; the scheduler's must be the same.
         shard: The rank's part of every block. A rank that only holds a replica loads but does not
             save.
@@ -175,6 +151,10 @@ class Stager:
         if self._thread.is_alive():
             logger.error("%s did not stop within %g s", self._thread.name, _CLOSE_DEADLINE_S)
             return
+        try:
+            self._staging.close()
+        except Exception:  # boundary: a GPU may refuse; the arena is unmapped all the same
+            logger.exception("rank %d could not close its staging", self._shard.rank)
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -217,7 +197,7 @@ class Stager:
             job = submitted.job
             if job is None:
                 if submitted.arena is not None:
-                    submitted.arena.close()
+                    self._let_go(submitted.arena)
                 continue
             if isinstance(job, str):
                 with self._state:
@@ -243,23 +223,36 @@ class Stager:
             return False
         try:
             self._staging.wait(submitted.mark)
-            is_good = all(self._copy_block(arena, job, copy) for copy in job.copies)
-            self._staging.finish()
-            return is_good and all(arena.generation(copy.slot) == copy.generation for copy in job.copies)
+            is_good = self._copy_batches(arena, job)
+            return is_good and _are_current(arena, job.copies)
         except Exception as error:  # boundary: the thread must live to report the job
             logger.exception("rank %d could not copy", self._shard.rank)
             self.disable(f"rank {self._shard.rank} could not copy between pages and arena: {error!r}")
             return False
 
-    def _copy_block(self, arena: Arena, job: LoadJob | SaveJob, copy: BlockCopy) -> bool:
-        if arena.generation(copy.slot) != copy.generation:
-            return False
-        slot = arena.slots_array[copy.slot]
-        if isinstance(job, LoadJob):
-            self._staging.scatter(slot, copy.pages, copy.first_page)
-        else:
-            self._staging.gather(copy.pages, slot)
+    def _copy_batches(self, arena: Arena, job: LoadJob | SaveJob) -> bool:
+        """Copy a job's blocks; stop early, with False, when it cannot be good any more."""
+        copy = self._staging.scatter if isinstance(job, LoadJob) else self._staging.gather
+        try:
+            for batch in copy_batches(job.copies, self._staging.pages_per_block):
+                if self._is_given_up(job) or not _are_current(arena, batch.copies):
+                    return False
+                copy(batch.page_ids, batch.slots, arena.slots_array)
+        finally:
+            self._staging.finish()
         return True
+
+    def _is_given_up(self, job: LoadJob | SaveJob) -> bool:
+        with self._state:
+            return bool(self._problem) or (isinstance(job, SaveJob) and job.id in self._cancelled)
+
+    def _let_go(self, arena: Arena) -> None:
+        try:
+            self._staging.detach(arena.slots_array)
+        except Exception as error:  # boundary: the thread must live to report the jobs to come
+            logger.exception("rank %d could not let go of an arena", self._shard.rank)
+            self.disable(f"rank {self._shard.rank} could not let go of an arena: {error!r}")
+        arena.close()
 
     def _shard_bytes(self, job: LoadJob | SaveJob) -> int:
         share = self._layout.payload_bytes * self._shard.num_heads // self._layout.num_kv_heads
@@ -309,3 +302,7 @@ class Stager:
             self._cancelled.discard(job.id)
             self._open_saves.discard(job.id)
             self._state.notify_all()
+
+
+def _are_current(arena: Arena, copies: Sequence[BlockCopy]) -> bool:
+    return all(arena.generation(copy.slot) == copy.generation for copy in copies)

@@ -7,7 +7,6 @@ between the same two regions.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -100,10 +99,9 @@ def _compare(
     staging = HostStaging(pages, layout, block, block.shard(0, 1))
     arena = Arena.create(blocks, block.slot_bytes)
     try:
-        slots = [arena.slot(index) for index in range(blocks)]
+        slots = arena.slots_array
         sides = _sides(staging, pages, slots, block.payload_bytes, batch)
-        for slot in slots:
-            np.asarray(slot)[:] = 1
+        slots[:] = 1
         return interleaved(sides, 3 if quick else 15, progress), batch * block.payload_bytes
     finally:
         del slots, sides
@@ -124,14 +122,13 @@ def engine_memory(size: int) -> npt.NDArray[np.uint8]:
 def _sides(
     staging: HostStaging,
     pages: npt.NDArray[np.uint8],
-    slots: Sequence[memoryview],
+    slots: npt.NDArray[np.uint8],
     payload_bytes: int,
     batch: int,
 ) -> dict[str, Callable[[int], None]]:
     per_block = staging.pages_per_block
-    generator = random.Random(2)
-    page_ids = list(range(len(slots) * per_block))
-    generator.shuffle(page_ids)
+    page_ids = np.random.default_rng(2).permutation(len(slots) * per_block).astype(np.int32)
+    page_ids = page_ids.reshape(len(slots), per_block)
 
     def chosen(repetition: int) -> list[tuple[int, int]]:
         """Pairs of (block of pages, slot), other ones in every repetition."""
@@ -142,22 +139,22 @@ def _sides(
         ]
 
     def gather(repetition: int) -> None:
-        for source, target in chosen(repetition):
-            staging.gather(page_ids[source * per_block : (source + 1) * per_block], slots[target])
+        sources, targets = np.array(chosen(repetition)).T
+        staging.gather(page_ids[sources], targets, slots)
 
     def scatter(repetition: int) -> None:
-        for target, source in chosen(repetition):
-            staging.scatter(slots[source], page_ids[target * per_block : (target + 1) * per_block])
+        targets, sources = np.array(chosen(repetition)).T
+        staging.scatter(page_ids[targets], sources, slots)
 
     def copy_out(repetition: int) -> None:
         for source, target in chosen(repetition):
             start = source * payload_bytes
-            np.copyto(np.asarray(slots[target])[:payload_bytes], pages[start : start + payload_bytes])
+            np.copyto(slots[target, :payload_bytes], pages[start : start + payload_bytes])
 
     def copy_in(repetition: int) -> None:
         for target, source in chosen(repetition):
             start = target * payload_bytes
-            np.copyto(pages[start : start + payload_bytes], np.asarray(slots[source])[:payload_bytes])
+            np.copyto(pages[start : start + payload_bytes], slots[source, :payload_bytes])
 
     return {"gather": gather, "memcpy store": copy_out, "scatter": scatter, "memcpy load": copy_in}
 

@@ -27,7 +27,7 @@ from kvferry.connector.config import Config
 from kvferry.connector.keys import KEY_BYTES, BlockKey
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.service import Lease, Reservation
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import HostStaging, PageIds
 
 __all__ = ["SERVER_MAP"]
 
@@ -115,10 +115,11 @@ class _Engine:
             keys = self._keys[first : first + RESERVED_AT_ONCE]
             reservation = self._until("reserve", partial(self._service.reserve, OWNER, keys))
             assert isinstance(reservation, Reservation)
-            for place in reservation.places:
-                slot = self._arena.slot(place.slot)
-                self._staging.gather([len(self._slots)], slot)
-                self._slots.append(slot)
+            slots = np.array([place.slot for place in reservation.places])
+            self._staging.gather(
+                _as_blocks(len(self._slots) + np.arange(len(slots))), slots, self._arena.slots_array
+            )
+            self._slots.extend(self._arena.slot(slot) for slot in slots.tolist())
             self._service.commit(reservation, keys)
         self._until("save", lambda: self._service.lookup(self._keys).ready == len(self._keys))
 
@@ -128,10 +129,11 @@ class _Engine:
         keys = [self._keys[index % count] for index in indices]
         lease = self._until("lease", lambda: self._leased(keys))
         assert isinstance(lease, Lease)
-        for index, place in zip(indices, lease.places, strict=True):
-            self._staging.scatter(self._arena.slot(place.slot), [(index + count // 2) % count])
-            if self._arena.generation(place.slot) != place.generation:
-                raise BenchSkipped("a leased slot was given to another block")
+        slots = np.array([place.slot for place in lease.places])
+        pages = (np.array(indices) + count // 2) % count
+        self._staging.scatter(_as_blocks(pages), slots, self._arena.slots_array)
+        if any(self._arena.generation(place.slot) != place.generation for place in lease.places):
+            raise BenchSkipped("a leased slot was given to another block")
         self._service.release(lease)
 
     def copy(self, indices: range) -> None:
@@ -161,6 +163,11 @@ class _Engine:
             if answer := ask():
                 return answer
         raise BenchSkipped(f"the server did not let us {what} within {_WAIT_S:g} s")
+
+
+def _as_blocks(pages: npt.NDArray[np.int64]) -> PageIds:
+    """As a batch of blocks of one page."""
+    return pages.astype(np.int32).reshape(-1, 1)
 
 
 SERVER_MAP = BenchCase(

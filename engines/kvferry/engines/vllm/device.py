@@ -1,24 +1,24 @@
-"""GPU pages without the CUDA staging path: torch's strided copies on a stream of their own.
+"""GPU pages where ``kvferry.cuda`` cannot be used: torch's strided copies on a stream of their own.
 
-Correct and simple, not fast: every page is one strided copy. ``kvferry.cuda`` will replace it.
+Correct and simple: every page costs some calls of torch. The fallback without NVIDIA's packages, and on GPUs of
+other makers.
 
 Owned by the stager's thread but for ``mark``, which is called on the engine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.engines.stager import Bytes
+from kvferry.connector.staging import BatchBounds, Bytes, PageIds, SlotIds
 
-__all__ = ["DevicePages"]
+__all__ = ["TorchPages"]
 
 
-class DevicePages:
-    """Copies one rank's shard of blocks between CUDA pages and host slots.
+class TorchPages:
+    """Copies one rank's shard of blocks between CUDA pages and host slots: see ``connector.staging.Staging``.
 
     Args:
         layers: Each layer's cache ``[pages, heads, tokens, content]``, in model order.
@@ -38,7 +38,17 @@ class DevicePages:
         self._page_tokens = layout.page_tokens
         self._block = block
         self._shard = shard
+        self._bounds = BatchBounds(
+            num_pages=layout.num_pages,
+            pages_per_block=block.block_tokens // layout.page_tokens,
+            payload_bytes=block.payload_bytes,
+        )
         self._stream = torch.cuda.Stream(device=layers[0].device)
+
+    @property
+    def pages_per_block(self) -> int:
+        """Engine pages that make up one block."""
+        return self._bounds.pages_per_block
 
     def mark(self) -> torch.cuda.Event:
         """Record an event behind the work queued on the engine's current stream."""
@@ -51,22 +61,22 @@ class DevicePages:
         assert isinstance(mark, torch.cuda.Event)
         self._stream.wait_event(mark)
 
-    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
-        """Copy a block's pages into the shard's bytes of a slot."""
-        target = self._in_slot(slot)
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of the engine's pages into slots."""
+        self._bounds.check_gather(page_ids, slots, arena)
         with torch.cuda.stream(self._stream):
-            for index, page in enumerate(page_ids):
-                tokens = slice(index * self._page_tokens, (index + 1) * self._page_tokens)
+            for row, index in np.argwhere(page_ids >= 0).tolist():
+                page = int(page_ids[row, index])
                 packed = torch.stack([layer[page] for layer in self._layers], dim=1)
-                target[:, :, tokens].copy_(packed)
+                self._in_slot(arena[slots[row]], index).copy_(packed)
 
-    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        """Copy pages ``first_page`` and following of a block out of a slot."""
-        source = self._in_slot(slot)
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks out of slots into the engine's pages."""
+        self._bounds.check_scatter(page_ids, slots, arena)
         with torch.cuda.stream(self._stream):
-            for index, page in enumerate(page_ids, start=first_page):
-                tokens = slice(index * self._page_tokens, (index + 1) * self._page_tokens)
-                packed = source[:, :, tokens].to(self._layers[0].device)
+            for row, index in np.argwhere(page_ids >= 0).tolist():
+                page = int(page_ids[row, index])
+                packed = self._in_slot(arena[slots[row]], index).to(self._layers[0].device)
                 for layer, content in zip(self._layers, packed.unbind(1), strict=True):
                     layer[page].copy_(content)
 
@@ -74,11 +84,18 @@ class DevicePages:
         """Wait until the copies are complete."""
         self._stream.synchronize()
 
-    def _in_slot(self, slot: Bytes) -> torch.Tensor:
-        """View the shard's bytes as ``[heads, layers, tokens, content]``."""
+    def detach(self, arena: Bytes) -> None:
+        """Do nothing: no arena is held."""
+
+    def close(self) -> None:
+        """Do nothing: torch frees the stream."""
+
+    def _in_slot(self, slot: Bytes, index: int) -> torch.Tensor:
+        """View page ``index`` of the shard's bytes as ``[heads, layers, tokens of the page, content]``."""
         block, shard = self._block, self._shard
         head_bytes = block.num_layers * block.run_bytes
         own = slot[shard.first_head * head_bytes :][: shard.num_heads * head_bytes]
-        return torch.from_numpy(own).view(
+        whole = torch.from_numpy(own).view(
             shard.num_heads, block.num_layers, block.block_tokens, block.token_bytes
         )
+        return whole[:, :, index * self._page_tokens : (index + 1) * self._page_tokens]

@@ -1,4 +1,4 @@
-"""What ``kvferry doctor`` says about vLLM: which one is installed, and what will not be cached with it.
+"""What ``kvferry doctor`` says about vLLM: which one is installed, what will not be cached with it, and its GPU.
 
 Reads package metadata only; vLLM is not imported.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from kvferry.connector.finding import Finding
+from kvferry.cuda import diagnosis as cuda_diagnosis
 
 __all__ = ["findings"]
 
@@ -34,7 +35,7 @@ _ROLES = (
 
 
 def findings() -> Sequence[Finding]:
-    """Return the findings about vLLM."""
+    """Return the findings about vLLM, and about the GPU where it is installed."""
     found = [(name, version) for name in _DISTRIBUTIONS if (version := _version(name))]
     if not found:
         return [
@@ -66,6 +67,7 @@ def findings() -> Sequence[Finding]:
             hint="a router has to send kv_transfer_params; without them engines share by content only",
         ),
         *(Finding(level="ok", topic="not cached", text=f"{what}: {how}") for what, how in _NOT_CACHED),
+        *cuda_diagnosis.findings(),
     ]
 
 

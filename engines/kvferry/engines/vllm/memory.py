@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds
 from kvferry.connector.transport import Heads, PageMemory, PageStaging, narrow, page_block
-from kvferry.engines.stager import Bytes
 from kvferry.engines.vllm.geometry import page_layout, pages_array
 
 if TYPE_CHECKING:
@@ -68,14 +66,14 @@ class _DevicePages:
     def __init__(
         self, layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard
     ) -> None:
-        from kvferry.engines.vllm.device import DevicePages
+        from kvferry.engines.vllm.device import TorchPages
 
-        self._pages = DevicePages(layers, layout, block, shard)
+        self._pages = TorchPages(layers, layout, block, shard)
 
-    def gather(self, page_ids: Sequence[int], slot: memoryview | Bytes) -> None:
-        self._pages.gather(page_ids, slot)
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._pages.gather(page_ids, slots, arena)
         self._pages.finish()
 
-    def scatter(self, slot: memoryview | Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        self._pages.scatter(slot, page_ids, first_page)
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._pages.scatter(page_ids, slots, arena)
         self._pages.finish()

@@ -29,7 +29,7 @@ def kvferry_commands() -> Sequence[click.Command]:
 
 @hookimpl
 def kvferry_doctor_findings() -> Sequence[Finding]:
-    """Tell about the installed vLLM."""
+    """Tell about the installed vLLM and its GPU."""
     from kvferry.engines.vllm.diagnosis import findings
 
     return findings()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvferry.connector.arena import Arena
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, Shard
-from kvferry.engines.stager import Staging
+from kvferry.connector.staging import Bytes, Staging
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout,
 
     Raises:
         LayoutError: Naming the first layer whose bytes differ.
+        ArenaError: There is no memory for two slots.
+        DeviceError: A GPU refused.
     """
     import torch
 
@@ -47,22 +50,27 @@ def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout,
     saved = [view[pages[0] :].clone() for view in views]
     generator = torch.Generator().manual_seed(0x6B76)
     patterns = [torch.randint(0, 256, kept.shape, dtype=torch.uint8, generator=generator) for kept in saved]
-    slot = np.full(block.slot_bytes, 0x5A, dtype=np.uint8)
+    page_ids, slots = np.array([pages], np.int32), np.array([1])
+    arena = Arena.create(2, block.slot_bytes)
+    arena.slots_array[:] = 0x5A
     try:
         _write(views, pages[0], patterns)
         staging.wait(staging.mark())
-        staging.gather(pages, slot)
+        staging.gather(page_ids, slots, arena.slots_array)
         staging.finish()
-        _compare_slot(slot, patterns, block, shard)
+        _compare_slots(arena.slots_array, patterns, block, shard)
         _write(views, pages[0], [torch.full_like(pattern, 0xA5) for pattern in patterns])
         staging.wait(staging.mark())
-        staging.scatter(slot, pages)
+        staging.scatter(page_ids, slots, arena.slots_array)
         staging.finish()
         for index, (view, pattern) in enumerate(zip(views, patterns, strict=True)):
             if not torch.equal(view[pages[0] :].cpu(), pattern):
                 raise LayoutError(f"layer {index} does not get its bytes back from a block")
     finally:
+        staging.finish()
         _write(views, pages[0], saved)
+        staging.detach(arena.slots_array)
+        arena.close()
 
 
 def _write(views: list[torch.Tensor], first_page: int, contents: list[torch.Tensor]) -> None:
@@ -70,7 +78,9 @@ def _write(views: list[torch.Tensor], first_page: int, contents: list[torch.Tens
         view[first_page:].copy_(content)
 
 
-def _compare_slot(slot: np.ndarray, patterns: list[torch.Tensor], block: BlockLayout, shard: Shard) -> None:
+def _compare_slots(arena: Bytes, patterns: list[torch.Tensor], block: BlockLayout, shard: Shard) -> None:
+    """Raise LayoutError unless the second of two slots holds the patterns and nothing else was written."""
+    other, slot = arena
     head_bytes = block.num_layers * block.run_bytes
     start = shard.first_head * head_bytes
     own = slot[start : start + shard.num_heads * head_bytes]
@@ -80,6 +90,6 @@ def _compare_slot(slot: np.ndarray, patterns: list[torch.Tensor], block: BlockLa
         canonical = pattern.permute(1, 0, 2, 3).reshape(shard.num_heads, block.block_tokens, -1).numpy()
         if not np.array_equal(found[:, index], canonical):
             raise LayoutError(f"layer {index} lies in a block in an order that kvferry does not expect")
-    outside = np.concatenate((slot[:start], slot[start + own.size :]))
+    outside = np.concatenate((other, slot[:start], slot[start + own.size :]))
     if not (outside == 0x5A).all():
         raise LayoutError("a gather wrote outside its rank's shard")

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvferry.connector.errors import KVFerryError
-from kvferry.connector.layout import BlockLayout, Shard
+import numpy as np
+
+from kvferry.connector.config import CudaConfig
+from kvferry.connector.errors import DeviceError, KVFerryError
+from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds, Staging
 from kvferry.connector.transport import RemotePages
+from kvferry.cuda.choice import make_staging
+from kvferry.cuda.staging import DevicePages
 from kvferry.engines.handoff.exporting import PageExports, export_pages
 from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.handoff.transports import chosen, context, usable
 from kvferry.engines.jobs import StepJobs, WorkerReport
-from kvferry.engines.stager import Bytes, Stager, StagerResults, Staging
+from kvferry.engines.stager import Stager, StagerResults
 from kvferry.engines.vllm.affinity import unbound
 from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
 from kvferry.engines.vllm.memory import page_memory
@@ -65,7 +69,8 @@ class WorkerSide:
         """Take this rank's pages and prove that blocks survive the way through them."""
         layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
         try:
-            staging = _staging(layers, self._kv_cache_config.num_blocks, self._layout, self._shard)
+            num_pages, cuda = self._kv_cache_config.num_blocks, self._config.cuda
+            staging = _staging(layers, num_pages, self._layout, self._shard, cuda)
             if self._config.self_test:
                 round_trip(staging.kernel_pages, layers, self._layout, self._shard)
         except KVFerryError as error:
@@ -138,6 +143,10 @@ class _ManagerPages:
         self.kernel_pages = kernel_pages
         self._ratio = ratio
 
+    @property
+    def pages_per_block(self) -> int:
+        return self.kernel_pages.pages_per_block // self._ratio
+
     def mark(self) -> object:
         return self.kernel_pages.mark()
 
@@ -147,39 +156,58 @@ class _ManagerPages:
     def finish(self) -> None:
         self.kernel_pages.finish()
 
-    def gather(self, page_ids: Sequence[int], slot: Bytes) -> None:
-        self.kernel_pages.gather(self._split(page_ids), slot)
+    def detach(self, arena: Bytes) -> None:
+        self.kernel_pages.detach(arena)
 
-    def scatter(self, slot: Bytes, page_ids: Sequence[int], first_page: int = 0) -> None:
-        self.kernel_pages.scatter(slot, self._split(page_ids), first_page * self._ratio)
+    def close(self) -> None:
+        self.kernel_pages.close()
 
-    def _split(self, page_ids: Sequence[int]) -> Sequence[int]:
+    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self.kernel_pages.gather(self._split(page_ids), slots, arena)
+
+    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self.kernel_pages.scatter(self._split(page_ids), slots, arena)
+
+    def _split(self, page_ids: PageIds) -> PageIds:
+        """Name the kernel's pages; ids too large for the engine stay too large, negative ones stay negative."""
         if self._ratio == 1:
             return page_ids
-        return [page * self._ratio + part for page in page_ids for part in range(self._ratio)]
+        parts = page_ids.astype(np.int64)[:, :, np.newaxis] * self._ratio + np.arange(self._ratio)
+        parts[page_ids < 0] = -1
+        return np.minimum(parts, np.iinfo(np.int32).max).astype(np.int32).reshape(len(page_ids), -1)
 
 
-class _HostPages(HostStaging):
-    """CPU pages: the forward pass is over when vLLM calls, and copies are complete when they return."""
-
-    def mark(self) -> object:
-        return None
-
-    def wait(self, mark: object) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-def _staging(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard) -> _ManagerPages:
+def _staging(
+    layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard, cuda: CudaConfig
+) -> _ManagerPages:
     layout = page_layout(layers, block)
     ratio = layout.num_pages // num_pages
     if layers[0].device.type == "cpu":
-        return _ManagerPages(_HostPages(pages_array(layers[0]), layout, block, shard), ratio)
-    from kvferry.engines.vllm.device import DevicePages
+        return _ManagerPages(HostStaging(pages_array(layers[0]), layout, block, shard), ratio)
+    return _ManagerPages(_device_staging(layers, layout, block, shard, cuda), ratio)
 
-    return _ManagerPages(DevicePages(layers, layout, block, shard), ratio)
+
+def _device_staging(
+    layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard, cuda: CudaConfig
+) -> Staging:
+    """Return the CUDA staging path; where it cannot be used, torch's copies, saying so."""
+    import torch
+
+    device, storage = layers[0].device, layers[0].untyped_storage()
+    pages = DevicePages(storage.data_ptr(), storage.nbytes(), layout, block, shard)
+    try:
+        return make_staging(
+            device.index or 0, pages, cuda, lambda: torch.cuda.current_stream(device).cuda_stream
+        )
+    except DeviceError as error:
+        logger.warning(
+            "rank %d: torch copies blocks page by page, so loads and saves take longer and hold Python's lock: %s",
+            shard.rank,
+            error,
+        )
+    from kvferry.engines.vllm.device import TorchPages
+
+    return TorchPages(layers, layout, block, shard)
 
 
 def _all_failed(jobs: StepJobs, problem: str) -> StagerResults:

@@ -39,13 +39,14 @@ class Piece(NamedTuple):
 
     def gather(self) -> None:
         """Fill the bytes from the engine's pages."""
-        for row, page in zip(self.rows, self.page_ids, strict=True):
-            self.staging.gather([page], row)
+        self.staging.gather(*self._batch())
 
     def scatter(self) -> None:
         """Copy the bytes over the engine's pages."""
-        for row, page in zip(self.rows, self.page_ids, strict=True):
-            self.staging.scatter(row, [page])
+        self.staging.scatter(*self._batch())
+
+    def _batch(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        return np.array(self.page_ids, np.int32).reshape(-1, 1), np.arange(len(self.rows)), self.rows
 
 
 class PieceBuffer:
