@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import mmap
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from staging_kit import (
     Rig,
     StagingTests,
     gathered,
+    ids,
     page_layout,
     scattered,
     slots_of,
@@ -29,11 +31,13 @@ from staging_kit import (
 from kvferry.connector.config import CudaConfig
 from kvferry.connector.errors import DeviceError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.connector.staging import Bytes
+from kvferry.connector.staging import Bytes, HostStaging
+from kvferry.connector.transport import Heads, narrow, page_block
 from kvferry.cuda.choice import PATHS, PathName, Paths, choose, make_staging
 from kvferry.cuda.driver import Device, Held, open_device
 from kvferry.cuda.program import compile_kernels
 from kvferry.cuda.staging import DevicePages, DeviceStaging
+from kvferry.engines.vllm.gpu_pages import GpuPages
 
 DELAY_BYTES = 256 << 20
 """Copied on the GPU before an engine's bytes are: staging that does not wait for them finds others."""
@@ -64,6 +68,7 @@ class Engine:
         result, stream = driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         assert result == driver.CUresult.CUDA_SUCCESS
         self.handle = int(stream)
+        weakref.finalize(self, driver.cuStreamDestroy, stream)
         self._stream = device.engine_stream(self.handle)
         self._end = device.event()
         self._delay = device.allocate(DELAY_BYTES)
@@ -122,8 +127,8 @@ class Rigs:
         return staging, engine
 
     def close(self) -> None:
-        for engine in self._engines:
-            engine.close()
+        while self._engines:
+            self._engines.pop().close()
 
 
 def rigs(device: Device, cubin: bytes, path: PathName, **config: int) -> Iterator[Rigs]:
@@ -254,6 +259,35 @@ def test_auto_measures_and_says_what_it_took(device: Device, caplog: pytest.LogC
     make_staging(0, pages, CudaConfig(), lambda: engine.handle).close()
     assert "blocks go by" in caplog.text
     assert "GB/s out" in caplog.text
+    engine.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_single_pages_of_some_heads(device: Device, path: PathName) -> None:
+    """As a transport copies them that goes through the host."""
+    if path == "batch" and not device.has_batch_copies:
+        pytest.skip("this driver has no batch copies")
+    case, heads = small_case(), Heads(1, 2)
+    memory, poison = case.memory(), np.full(case.layout.extent_bytes(), 0x5A, np.uint8)
+    memory = memory[: poison.size]
+    engine = Engine(device, poison.size)
+    pages = DevicePages(engine.address, engine.nbytes, case.layout, case.block, case.shard)
+    config = CudaConfig(path=path, ring_bytes=1)
+    by_page = GpuPages(pages, lambda some: make_staging(0, some, config, lambda: 0))
+    block = page_block(case.block, case.layout.page_tokens, heads)
+    rows, expected = (np.zeros((2, block.payload_bytes), np.uint8) for _ in range(2))
+    batch = ids([2], [0]), np.array([0, 1])
+    for engines, copied in ((memory, "gather"), (poison, "scatter")):
+        engine.compute(engines)
+        assert np.array_equal(engine.memory(), engines)
+        on_host = HostStaging(
+            engines, narrow(case.layout, case.shard, heads), block, Shard(0, 0, heads.count, True)
+        )
+        getattr(on_host, copied)(*batch, expected)
+        getattr(by_page.stage(heads), copied)(*batch, rows)
+        assert np.array_equal(rows, expected)
+        assert np.array_equal(engine.memory(), engines)
+    by_page.close()
     engine.close()
 
 

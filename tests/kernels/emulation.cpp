@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "emulation.hpp"
 #include "strided_copy.cuh"
 
 using namespace kvferry;
@@ -23,17 +24,6 @@ struct Span {
     return first >= base_address && first + width <= base_address + size;
   }
 };
-
-}  // namespace
-
-// What happened; emulation.py has its twin.
-struct Report {
-  u64 bytes_stored;
-  u64 misaligned;
-  u64 outside;
-};
-
-namespace {
 
 // Refuses and counts accesses that a GPU would fault on, or that leave the memory that was given.
 struct CheckedMemory {

@@ -10,6 +10,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,14 @@ import numpy.typing as npt
 from kvferry.cuda.geometry import CopyGeometry, Direction
 from kvferry.cuda.program import KERNELS
 
-__all__ = ["Emulation", "Report", "build", "emulation"]
+__all__ = ["Emulation", "Report", "build", "compile_library", "emulation"]
 
 SOURCE = Path(__file__).with_name("emulation.cpp")
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
 
 
 class Report(ctypes.Structure):
-    """What a launch did; the twin of ``Report`` in emulation.cpp."""
+    """What a launch did; the twin of ``Report`` in emulation.hpp."""
 
     _fields_ = (
         ("bytes_stored", ctypes.c_uint64),
@@ -130,20 +131,25 @@ class Emulation:
         )
 
 
-def build(directory: Path, headers: Path = KERNELS) -> Emulation:
-    """Compile the emulation with the headers of a folder.
+def compile_library(library: Path, sources: Sequence[Path], headers: Path = KERNELS, *options: str) -> None:
+    """Compile C++ that includes the kernels' headers.
 
     Raises:
         RuntimeError: There is no g++, or it refused the sources; its messages are in the text.
     """
     compiler = shutil.which("g++")
     if compiler is None:
-        raise RuntimeError("the kernels' emulation is compiled by g++, which is not on PATH: install g++")
-    library = directory / "libemulation.so"
-    command = [compiler, *FLAGS, "-I", str(headers), "-o", str(library), str(SOURCE)]
+        raise RuntimeError(f"{library.name} is compiled by g++, which is not on PATH: install g++")
+    command = [compiler, *FLAGS, *options, "-I", str(headers), "-o", str(library), *map(str, sources)]
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if outcome.returncode:
-        raise RuntimeError(f"g++ could not compile the kernels' emulation:\n{outcome.stderr}")
+        raise RuntimeError(f"g++ could not compile {library.name}:\n{outcome.stderr}")
+
+
+def build(directory: Path, headers: Path = KERNELS) -> Emulation:
+    """Compile the emulation with the headers of a folder; raises as ``compile_library``."""
+    library = directory / "libemulation.so"
+    compile_library(library, [SOURCE], headers)
     return Emulation(library)
 
 

@@ -43,6 +43,8 @@ from kvferry.engines.stager import Stager
 
 ENGINE = 1
 """The handle of the engine's stream."""
+HELD_BY_A_STAGING = 4
+"""The ring, host memory of page ids, the table of layers, and an arena."""
 
 
 class Way(NamedTuple):
@@ -290,6 +292,75 @@ def test_close_waits_for_what_is_under_way(way: Way) -> None:
         made.staging.close()
         assert made.device.is_idle()
         assert np.array_equal(arena, expected)
+
+
+@pytest.mark.parametrize("way", [Way(), Way(is_direct=True)])
+def test_close_gives_back_what_it_can_when_a_wait_is_refused(way: Way) -> None:
+    """Whichever wait it is: the rest is waited for, everything is given back, and the refusal is told once."""
+    for fails_at in itertools.count():
+        case, made = small(way, haste=0.0)
+        device = made.device
+        with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
+            batch = ids([0, 1]), np.array([1])
+            expected = gathered(case, made.pages, *batch, arena)
+            made.staging.gather(*batch, arena)
+            device.fails_at = len(device.calls) + fails_at
+            is_refused = False
+            try:
+                made.staging.close()
+            except DeviceError:
+                is_refused = True
+            device.fails_at = None
+            assert device.is_idle()
+            assert np.array_equal(arena, expected)
+            assert len(device.allocations) == 1, "only the engine's own memory is left"
+            assert device.registrations == []
+            made.staging.close()
+        if not is_refused:
+            break
+    assert fails_at >= 4
+
+
+@pytest.mark.parametrize("way", [Way(), Way(is_direct=True)])
+def test_close_of_a_gpu_that_answers_nothing_any_more(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = small(way)
+    with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
+        made.staging.gather(ids([0, 1]), np.array([1]), arena)
+
+        def refused(name: str) -> None:
+            raise DeviceError(name, "CUDA_ERROR_LAUNCH_FAILED")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(made.device, "call", refused)
+            with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
+                made.staging.close()
+        assert len(made.device.allocations) == 1
+        assert made.device.registrations == []
+
+
+@pytest.mark.parametrize("refused_at", range(HELD_BY_A_STAGING))
+def test_memory_that_the_gpu_does_not_take_back_keeps_nothing_else(
+    refused_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, made = small(Way())
+    device = made.device
+    with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
+        made.staging.gather(ids([0, 1]), np.array([1]), arena)
+        order = itertools.count()
+        held_type = type(device.allocate(1))
+        give_back = held_type.close
+
+        def close(held: object) -> None:
+            if next(order) == refused_at:
+                raise DeviceError("cuMemFree", "CUDA_ERROR_PLAYED")
+            give_back(held)
+
+        before = len(device.allocations) + len(device.registrations)
+        monkeypatch.setattr(held_type, "close", close)
+        with pytest.raises(DeviceError, match="cuMemFree"):
+            made.staging.close()
+        assert next(order) == HELD_BY_A_STAGING
+        assert len(device.allocations) + len(device.registrations) == before - (HELD_BY_A_STAGING - 1)
 
 
 def test_the_ring_bounds_what_is_queued() -> None:

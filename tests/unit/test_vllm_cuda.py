@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from played_device import PlayedDevice
 
@@ -16,9 +19,13 @@ from kvferry.connector.config import CudaConfig
 from kvferry.connector.errors import DeviceError
 from kvferry.connector.finding import Finding
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.transport import Heads, PageMemory
 from kvferry.cuda import choice, diagnosis
 from kvferry.cuda.staging import DeviceStaging
+from kvferry.engines.vllm import memory as memory_module
 from kvferry.engines.vllm import worker
+from kvferry.engines.vllm.gpu_pages import GpuPages
+from kvferry.engines.vllm.memory import page_memory
 
 BLOCK = BlockLayout(num_layers=2, num_kv_heads=2, block_tokens=64, head_dim=8, itemsize=2)
 PAGES, PAGE_TOKENS = 12, 16
@@ -46,6 +53,9 @@ class Layer:
 
     def untyped_storage(self) -> Any:
         return self._storage
+
+    def __getitem__(self, some: object) -> Layer:
+        return self
 
 
 @pytest.fixture
@@ -110,6 +120,57 @@ def test_without_the_staging_path_torch_copies_and_one_line_says_so(
     assert record.levelname == "WARNING"
     assert "rank 0: torch copies blocks page by page" in record.getMessage()
     assert "pip install 'kvferry[cuda]'" in record.getMessage()
+
+
+def handed_over(device: PlayedDevice, path: str = "auto") -> tuple[PageMemory, GpuPages]:
+    """The rank's pages as transports see them, once the worker has chosen a path for blocks."""
+    of_rank, shard, config = layers(device), BLOCK.shard(0, 1), CudaConfig(path=path)  # type: ignore[arg-type]
+    chosen = worker._staging(of_rank, PAGES, BLOCK, shard, config).kernel_pages  # type: ignore[arg-type]
+    pages = worker._gpu_pages(of_rank, BLOCK, shard, config, chosen.path_name)  # type: ignore[arg-type]
+    chosen.close()
+    return page_memory(of_rank, PAGES, BLOCK, shard, pages), pages  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["auto", "kernel", "batch", "copies"])
+def test_handed_over_pages_go_by_the_path_of_blocks(
+    torch: ModuleType, device: PlayedDevice, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    memory, pages = handed_over(device, path)
+    (chosen,) = caplog.messages
+    measured = re.match(r".* blocks go by \w+", chosen)
+    on_gpu = np.frombuffer((ctypes.c_uint8 * memory.nbytes).from_address(memory.address), np.uint8)
+    on_gpu[:] = np.random.default_rng(0).integers(0, 256, on_gpu.size)
+    heads = Heads(1, 1)
+    rows = np.zeros((2, memory.page_bytes(heads)), np.uint8)
+    memory.stage(heads).gather(np.array([[7], [3]], np.int32), np.array([1, 0]), rows)
+    by_page = on_gpu.reshape(BLOCK.num_layers, PAGES, 2, -1)
+    assert np.array_equal(rows, [by_page[:, page, 1].ravel() for page in (3, 7)])
+    assert measured
+    assert caplog.messages[1:] == [measured.group()], "the same, without measuring"
+    pages.close()
+    assert device.registrations == []
+
+
+def test_handed_over_pages_that_the_gpu_has_no_room_for_are_copied_by_torch(
+    torch: ModuleType,
+    device: PlayedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory, pages = handed_over(device, "copies")
+
+    def full(is_urgent: bool) -> None:
+        raise DeviceError("cuStreamCreateWithPriority", "CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(device, "stream", full)
+    monkeypatch.setattr(memory_module, "_DevicePages", lambda *arguments: arguments)
+    _, layout, block, shard = memory.stage(Heads(1, 1))  # type: ignore[misc]
+    assert (layout.num_heads, block.num_kv_heads, shard.num_heads) == (1, 1, 1)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "rank 0: torch copies pages that are handed over" in warning
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in warning
+    pages.close()
 
 
 def about_cuda(

@@ -11,12 +11,13 @@ Owned by the stager's thread. Each direction has a stream, the one of loads is u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from kvferry.connector.staging import PageIds
-from kvferry.cuda.driver import Addresses, Device, Event, Stream
+from kvferry.cuda.driver import Addresses, Device, Event, Stream, do_all
 from kvferry.cuda.geometry import CopyGeometry
 
 __all__ = ["CopyCall", "DirectPath", "copy_batch", "copy_each"]
@@ -76,12 +77,14 @@ class DirectPath:
 
     def finish(self) -> None:
         """Wait until everything queued is done."""
-        for stream in (self._save, self._load):
-            stream.record(self._end)
-            self._end.synchronize()
+        do_all(functools.partial(self._wait, stream) for stream in (self._save, self._load))
 
     def close(self) -> None:
         """Do nothing: streams go with their last reference."""
+
+    def _wait(self, stream: Stream) -> None:
+        stream.record(self._end)
+        self._end.synchronize()
 
     def _pairs(self, page_ids: PageIds, shards: Addresses) -> tuple[Addresses, Addresses]:
         """Return where every run lies on either side: addresses in pages and in shards."""

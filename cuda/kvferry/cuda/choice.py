@@ -174,7 +174,7 @@ def choose(
     for candidate in candidates:
         make = functools.partial(paths.make, candidate, pages.address)
         try:
-            staging = DeviceStaging(device, pages, make, engine_stream)
+            staging = DeviceStaging(device, pages, make, engine_stream, candidate)
         except DeviceError as error:
             left_out[candidate] = _in_one_line(error)
             continue

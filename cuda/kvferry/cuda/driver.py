@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from kvferry.connector.errors import DeviceError
 
-__all__ = ["Addresses", "Device", "Event", "Held", "Kernel", "Kernels", "Stream", "open_device"]
+__all__ = ["Addresses", "Device", "Event", "Held", "Kernel", "Kernels", "Stream", "do_all", "open_device"]
 
 Addresses = npt.NDArray[np.uint64]
 """Addresses, or sizes in bytes, ``[copies]``: passed to the driver as they lie in memory."""
@@ -136,6 +136,22 @@ class Device(Protocol):
 
     def load(self, cubin: bytes) -> Kernels:
         """Load compiled kernels."""
+
+
+def do_all(steps: Iterable[Callable[[], object]]) -> None:
+    """Take steps in turn, each of them even where one before was refused.
+
+    Raises:
+        DeviceError: The first refusal, behind the last step.
+    """
+    refusals: list[DeviceError] = []
+    for step in steps:
+        try:
+            step()
+        except DeviceError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 def open_device(index: int) -> Device:

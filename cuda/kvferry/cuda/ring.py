@@ -19,6 +19,7 @@ Owned by the stager's thread.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ import numpy as np
 
 from kvferry.connector.staging import PageIds
 from kvferry.cuda.batch import CopyCall
-from kvferry.cuda.driver import Addresses, Device, Event, Held, Kernel, Kernels, Stream
+from kvferry.cuda.driver import Addresses, Device, Event, Held, Kernel, Kernels, Stream, do_all
 from kvferry.cuda.geometry import CopyGeometry
 
 __all__ = ["KernelPath", "RingSize"]
@@ -147,15 +148,16 @@ class KernelPath:
 
     def finish(self) -> None:
         """Wait until everything queued is done, also where queueing ended early."""
-        for stream in (*self._save, *self._load):
-            stream.record(self._end)
-            self._end.synchronize()
+        do_all(functools.partial(self._wait, stream) for stream in (*self._save, *self._load))
 
     def close(self) -> None:
         """Give the device's memory back. Idempotent; nothing may be queued."""
-        while self._held:
-            self._held.pop().close()
-        self._kernels.close()
+        held, self._held = self._held[::-1], []
+        do_all([*(one.close for one in held), self._kernels.close])
+
+    def _wait(self, stream: Stream) -> None:
+        stream.record(self._end)
+        self._end.synchronize()
 
     def _rounds(self, page_ids: PageIds, shards: Addresses) -> Iterator[tuple[_Part, PageIds, Addresses]]:
         """Yield a free part with as many blocks as it takes, until all had their turn."""

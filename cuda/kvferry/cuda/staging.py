@@ -14,6 +14,7 @@ Who owns what
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 
@@ -22,7 +23,7 @@ import numpy as np
 from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import BatchBounds, Bytes, PageIds, SlotIds
-from kvferry.cuda.driver import Addresses, Device, Event, Held
+from kvferry.cuda.driver import Addresses, Device, Event, Held, do_all
 from kvferry.cuda.geometry import CopyGeometry, copy_geometry
 
 __all__ = ["CopyPath", "DevicePages", "DeviceStaging"]
@@ -44,10 +45,13 @@ class CopyPath(Protocol):
         """Queue copies of page j of the shard at ``shards[i]`` to pages ``page_ids[i, j]``."""
 
     def finish(self) -> None:
-        """Wait until everything queued is done, also where queueing ended early."""
+        """Wait until everything queued is done, also where queueing ended early.
+
+        Every stream is waited for, also behind one that refused.
+        """
 
     def close(self) -> None:
-        """Give back what is held. Idempotent; nothing may be queued."""
+        """Give back what is held, also behind something that was refused. Idempotent; nothing may be queued."""
 
 
 class DevicePages(NamedTuple):
@@ -89,6 +93,7 @@ class DeviceStaging:
         make_path: Makes the way that bytes go, from the pages' geometry. The path is closed with this object.
         engine_stream: Returns the handle of the stream that the engine's work is queued on now. Called by ``mark``,
             on the engine's thread.
+        path_name: What ``cuda.path`` calls the path.
 
     Raises:
         LayoutError: The pages are not what they are said to be.
@@ -101,6 +106,7 @@ class DeviceStaging:
         pages: DevicePages,
         make_path: Callable[[CopyGeometry], CopyPath],
         engine_stream: Callable[[], int],
+        path_name: str = "",
     ) -> None:
         device.activate()
         geometry = pages.geometry(device)
@@ -114,6 +120,8 @@ class DeviceStaging:
             payload_bytes=pages.block.payload_bytes,
         )
         self._registered: dict[int, Held] = {}
+        self.path_name = path_name
+        """By which other stagings of the same pages can be made without measuring again."""
 
     @property
     def pages_per_block(self) -> int:
@@ -155,12 +163,24 @@ class DeviceStaging:
             held.close()
 
     def close(self) -> None:
-        """Wait for what is under way and let go of everything. Idempotent."""
-        self._device.activate()
-        self._path.finish()
-        self._path.close()
-        while self._registered:
-            self._registered.popitem()[1].close()
+        """Wait for what is under way and let go of everything. Idempotent.
+
+        What is refused keeps nothing else from being given back. A wait is asked for twice: a GPU that refuses both has
+        lost its context, as after a fault of a kernel, and copies nothing any more.
+
+        Raises:
+            DeviceError: The first refusal.
+        """
+        arenas = [self._registered.popitem()[1] for _ in range(len(self._registered))]
+        do_all([self._device.activate, self._finish, self._path.close, *(arena.close for arena in arenas)])
+
+    def _finish(self) -> None:
+        try:
+            self._path.finish()
+        except DeviceError:
+            with contextlib.suppress(DeviceError):
+                self._path.finish()
+            raise
 
     def _copy(
         self,

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from kvferry.connector.errors import LayoutError
+from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds
 from kvferry.connector.transport import Heads, PageMemory, PageStaging, narrow, page_block
 from kvferry.engines.vllm.geometry import page_layout, pages_array
+from kvferry.engines.vllm.gpu_pages import GpuPages
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["page_memory"]
 
+logger = logging.getLogger(__name__)
 
-def page_memory(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard) -> PageMemory:
+
+def page_memory(
+    layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard, gpu_pages: GpuPages | None
+) -> PageMemory:
     """Describe the allocation behind the layers' caches.
 
     Args:
@@ -24,6 +30,7 @@ def page_memory(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, 
         num_pages: Pages as the scheduler counts them.
         block: The canonical block.
         shard: This rank's part of it.
+        gpu_pages: Stages them by ``kvferry.cuda``; without it torch copies pages that are on a GPU.
 
     Raises:
         LayoutError: The pages cannot be described, or the kernel splits them into smaller ones.
@@ -44,6 +51,11 @@ def page_memory(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, 
         own = Shard(0, 0, heads.count, True)
         if is_host:
             return HostStaging(pages_array(first), narrowed, one_page, own)
+        if gpu_pages is not None:
+            try:
+                return gpu_pages.stage(heads)
+            except DeviceError as error:
+                logger.warning("rank %d: torch copies pages that are handed over: %s", shard.rank, error)
         skipped = heads.first - shard.first_head
         some = [layer[:, skipped : skipped + heads.count] for layer in layers]
         return _DevicePages(some, narrowed, one_page, own)
@@ -61,7 +73,7 @@ def page_memory(layers: list[torch.Tensor], num_pages: int, block: BlockLayout, 
 
 
 class _DevicePages:
-    """Copies that are complete when they return, between GPU pages and the host."""
+    """Copies by torch that are complete when they return, where ``kvferry.cuda`` cannot be used."""
 
     def __init__(
         self, layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard

@@ -9,6 +9,7 @@ import logging
 import secrets
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from kvferry.connector.config import CudaConfig
@@ -19,7 +20,7 @@ from kvferry.connector.settings import Settings
 from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds, Staging
 from kvferry.connector.transport import RemotePages
 from kvferry.cuda.choice import make_staging
-from kvferry.cuda.staging import DevicePages
+from kvferry.cuda.staging import DevicePages, DeviceStaging
 from kvferry.engines.handoff.exporting import PageExports, export_pages
 from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.handoff.roles import ROLES
@@ -28,6 +29,7 @@ from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.stager import Stager, StagerResults
 from kvferry.engines.vllm.affinity import unbound
 from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
+from kvferry.engines.vllm.gpu_pages import GpuPages
 from kvferry.engines.vllm.memory import page_memory
 from kvferry.engines.vllm.selftest import round_trip
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["WorkerSide"]
 
 logger = logging.getLogger(__name__)
+
+_HANDOFF_RING_BYTES = 4 << 20
+"""``cuda.ring_bytes`` of each range of heads that others read: pages go in small pieces there."""
 
 
 class WorkerSide:
@@ -63,6 +68,7 @@ class WorkerSide:
         self._name = f"{transfer.engine_id[:64]}-{tp_rank}-{secrets.token_hex(4)}"
         self._stager: Stager | None = None
         self._exports: PageExports | None = None
+        self._gpu_pages: GpuPages | None = None
         self._problem = ""
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -77,6 +83,10 @@ class WorkerSide:
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
             logger.error("kvferry is off on %s", self._problem)
             return
+        if isinstance(staging.kernel_pages, DeviceStaging):
+            self._gpu_pages = _gpu_pages(
+                layers, self._layout, self._shard, cuda, staging.kernel_pages.path_name
+            )
         with unbound():
             self._stager = Stager(staging, self._layout, self._shard, self._open_handoffs(layers))
 
@@ -86,7 +96,8 @@ class WorkerSide:
         if not self._role.is_on(peer.enabled):
             return None
         try:
-            memory = page_memory(layers, self._kv_cache_config.num_blocks, self._layout, self._shard)
+            num_pages = self._kv_cache_config.num_blocks
+            memory = page_memory(layers, num_pages, self._layout, self._shard, self._gpu_pages)
             transports = chosen(PluginRegistry(self._config.plugins), peer)
         except KVFerryError as error:
             logger.error("rank %d takes part in no handoff: %s", self._shard.rank, error)
@@ -134,6 +145,11 @@ class WorkerSide:
             self._stager.close()
         if self._exports is not None:
             self._exports.close()
+        if self._gpu_pages is not None:
+            try:
+                self._gpu_pages.close()
+            except DeviceError:
+                logger.exception("rank %d could not close its pages", self._shard.rank)
 
 
 class _ManagerPages:
@@ -193,8 +209,8 @@ def _device_staging(
     """Return the CUDA staging path; where it cannot be used, torch's copies, saying so."""
     import torch
 
-    device, storage = layers[0].device, layers[0].untyped_storage()
-    pages = DevicePages(storage.data_ptr(), storage.nbytes(), layout, block, shard)
+    device = layers[0].device
+    pages = _device_pages(layers, layout, block, shard)
     try:
         return make_staging(
             device.index or 0, pages, cuda, lambda: torch.cuda.current_stream(device).cuda_stream
@@ -208,6 +224,23 @@ def _device_staging(
     from kvferry.engines.vllm.device import TorchPages
 
     return TorchPages(layers, layout, block, shard)
+
+
+def _device_pages(
+    layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard
+) -> DevicePages:
+    storage = layers[0].untyped_storage()
+    return DevicePages(storage.data_ptr(), storage.nbytes(), layout, block, shard)
+
+
+def _gpu_pages(
+    layers: list[torch.Tensor], block: BlockLayout, shard: Shard, cuda: CudaConfig, path: str
+) -> GpuPages:
+    """Return what stages single pages, by the path that was chosen for blocks."""
+    index = layers[0].device.index or 0
+    config = msgspec.structs.replace(cuda, path=path, ring_bytes=min(cuda.ring_bytes, _HANDOFF_RING_BYTES))
+    pages = _device_pages(layers, page_layout(layers, block), block, shard)
+    return GpuPages(pages, lambda some: make_staging(index, some, config, lambda: 0))
 
 
 def _all_failed(jobs: StepJobs, problem: str) -> StagerResults:
