@@ -29,8 +29,9 @@ def _damaging(self: PageDigester, pages: Sequence[int] | npt.NDArray[np.int32]) 
     digests = _digest(self, pages)
     damage = Path(os.environ["DAMAGE"])
     if damage.exists():
-        page, head, token, value = pages[0], 0, 1, 1
-        self._layers[0][page, head, token, value, TOP_BYTE] ^= EXPONENT
+        layout = self._layout
+        page = layout.layer_offsets[0] + int(pages[0]) * layout.page_stride
+        self._bytes[page + layout.token_stride + layout.kv_stride + TOP_BYTE] ^= EXPONENT
         with damage.open("a") as lines:
             lines.write("one bit\n")
     return digests
