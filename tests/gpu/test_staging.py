@@ -34,7 +34,7 @@ from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import Bytes, HostStaging
 from kvferry.connector.transport import Heads, narrow, page_block
 from kvferry.cuda.choice import PATHS, PathName, Paths, choose, make_staging
-from kvferry.cuda.driver import Device, Held, open_device
+from kvferry.cuda.driver import Device, Held, one_copy, open_device
 from kvferry.cuda.program import compile_kernels
 from kvferry.cuda.staging import DevicePages, DeviceStaging
 from kvferry.engines.vllm.gpu_pages import GpuPages
@@ -99,7 +99,7 @@ class Engine:
             one.close()
 
     def _copy(self, *piece: int) -> None:
-        self._stream.copy_each(*(np.array([value], np.uint64) for value in piece))
+        self._stream.copy_each(*one_copy(*piece))
 
 
 class Rigs:

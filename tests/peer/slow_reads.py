@@ -11,16 +11,11 @@ import os
 import threading
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from kvferry.connector.transport import PageReader, RemotePages
+from kvferry.connector.transport import PageIds, PageReader, RemotePages
 from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.vllm.connector import KVFerryConnector
 
 __all__ = ["KVFerryConnector"]
-
-PageIds = npt.NDArray[np.int32]
 
 _connect = PeerReads.connect
 _never = threading.Event()

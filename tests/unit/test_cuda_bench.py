@@ -177,7 +177,7 @@ def test_the_command_prints_the_table_and_says_that_torch_is_missing(
     device: PlayedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr("kvferry.cuda.choice._compiled", lambda architecture: b"cubin")
+    monkeypatch.setattr("kvferry.cuda.choice.kept_kernels", lambda architecture: b"cubin")
     result = run("--quick", "--cache", "8B", "--blocks", "4", "--order", "heads", "--order", "tokens")
     assert result.exit_code == 0, result.output
     assert "GPU 0 (sm_90), 16 thread blocks" in result.stdout

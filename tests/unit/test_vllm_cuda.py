@@ -72,7 +72,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> PlayedDevice:
     played = PlayedDevice()
     played.activate()
     monkeypatch.setattr(choice, "open_device", {3: played}.__getitem__)
-    monkeypatch.setattr(choice, "_compiled", lambda architecture: b"cubin")
+    monkeypatch.setattr(choice, "kept_kernels", lambda architecture: b"cubin")
     return played
 
 
@@ -176,13 +176,13 @@ def test_handed_over_pages_that_the_gpu_has_no_room_for_are_copied_by_torch(
 def about_cuda(
     monkeypatch: pytest.MonkeyPatch, found: Callable[[int], object], driver: Path, compiles: bool = True
 ) -> list[Finding]:
-    def compiled(architecture: str, cache: object) -> bytes:
+    def compiled(architecture: str) -> bytes:
         if not compiles:
             raise DeviceError(f"compile staging.cu for {architecture}", "no", log="a line\nanother")
         return b"cubin"
 
     monkeypatch.setattr(diagnosis, "open_device", found)
-    monkeypatch.setattr(diagnosis, "compile_kernels", compiled)
+    monkeypatch.setattr(diagnosis, "kept_kernels", compiled)
     return list(diagnosis.findings(driver))
 
 

@@ -13,7 +13,7 @@ numpy releases the GIL while it copies.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,11 @@ class BatchBounds(NamedTuple):
     pages_per_block: int
     payload_bytes: int
 
+    @classmethod
+    def of(cls, pages: PageLayout, block: BlockLayout) -> Self:
+        """Return those of batches between such pages and whole blocks."""
+        return cls(pages.num_pages, block.block_tokens // pages.page_tokens, block.payload_bytes)
+
     def check_gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Raise LayoutError unless this is a batch of pages and slots that exist, and no slot is written twice."""
         self._check(page_ids, slots, arena)
@@ -163,11 +168,7 @@ class HostStaging:
     def __init__(self, pages: Bytes, page_layout: PageLayout, block: BlockLayout, shard: Shard) -> None:
         page_layout.check(block, shard)
         _check_pages(pages, page_layout)
-        self._bounds = BatchBounds(
-            num_pages=page_layout.num_pages,
-            pages_per_block=block.block_tokens // page_layout.page_tokens,
-            payload_bytes=block.payload_bytes,
-        )
+        self._bounds = BatchBounds.of(page_layout, block)
         self._page_step = page_layout.page_tokens * block.token_bytes
         self._groups = [
             _layer_group(pages, page_layout, block, shard, first, count)

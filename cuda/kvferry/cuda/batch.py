@@ -11,13 +11,12 @@ Owned by the stager's thread. Each direction has a stream, the one of loads is u
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from kvferry.connector.staging import PageIds
-from kvferry.cuda.driver import Addresses, Device, Event, Stream, do_all
+from kvferry.cuda.driver import Addresses, Device, Event, Stream, wait_for_all
 from kvferry.cuda.geometry import CopyGeometry
 
 __all__ = ["CopyCall", "DirectPath", "copy_batch", "copy_each"]
@@ -77,14 +76,10 @@ class DirectPath:
 
     def finish(self) -> None:
         """Wait until everything queued is done."""
-        do_all(functools.partial(self._wait, stream) for stream in (self._save, self._load))
+        wait_for_all((self._save, self._load), self._end)
 
     def close(self) -> None:
         """Do nothing: streams go with their last reference."""
-
-    def _wait(self, stream: Stream) -> None:
-        stream.record(self._end)
-        self._end.synchronize()
 
     def _pairs(self, page_ids: PageIds, shards: Addresses) -> tuple[Addresses, Addresses]:
         """Return where every run lies on either side: addresses in pages and in shards."""

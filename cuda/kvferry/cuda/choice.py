@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -23,7 +22,7 @@ from kvferry.connector.errors import ArenaError, DeviceError
 from kvferry.cuda.batch import DirectPath, copy_batch, copy_each
 from kvferry.cuda.driver import Device, open_device
 from kvferry.cuda.geometry import CopyGeometry, copy_geometry
-from kvferry.cuda.program import CubinCache, cache_directory, compile_kernels
+from kvferry.cuda.program import kept_kernels
 from kvferry.cuda.ring import KernelPath, RingSize
 from kvferry.cuda.scratch import Scratch, miniature
 from kvferry.cuda.staging import CopyPath, DevicePages, DeviceStaging
@@ -84,7 +83,7 @@ class Paths:
     ) -> None:
         self._device = device
         self._ring = RingSize(config.ring_bytes, _RING_PARTS, config.thread_blocks)
-        self._compiled = functools.cache(compiled or _compiled)
+        self._compiled = functools.cache(compiled or kept_kernels)
 
     @property
     def part_bytes(self) -> int:
@@ -268,7 +267,3 @@ def _in_one_line(error: DeviceError) -> str:
     if error.log:
         logger.warning("%s", error)
     return str(error).partition("\n")[0]
-
-
-def _compiled(architecture: str) -> bytes:
-    return compile_kernels(architecture, CubinCache(cache_directory(os.environ)))

@@ -6,14 +6,13 @@ measured by each worker at its start and said in its log.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvferry.connector.errors import DeviceError
 from kvferry.connector.finding import Finding
 from kvferry.cuda.driver import open_device
-from kvferry.cuda.program import CubinCache, cache_directory, compile_kernels
+from kvferry.cuda.program import kept_kernels
 
 __all__ = ["findings"]
 
@@ -40,7 +39,7 @@ def findings(driver: Path = _DRIVER) -> Iterator[Finding]:
     ways = ["batch"] if device.has_batch_copies else []
     ways.append("copies")
     try:
-        compile_kernels(device.architecture, CubinCache(cache_directory(os.environ)))
+        kept_kernels(device.architecture)
         ways.insert(0, "kernel")
     except DeviceError as error:
         yield Finding("warn", topic, _line(error), "blocks go without a kernel, which may be slower")

@@ -18,6 +18,7 @@ Addresses are plain integers; those of registered host memory mean the same to t
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
@@ -28,7 +29,19 @@ import numpy.typing as npt
 
 from kvferry.connector.errors import DeviceError
 
-__all__ = ["Addresses", "Device", "Event", "Held", "Kernel", "Kernels", "Stream", "do_all", "open_device"]
+__all__ = [
+    "Addresses",
+    "Device",
+    "Event",
+    "Held",
+    "Kernel",
+    "Kernels",
+    "Stream",
+    "do_all",
+    "one_copy",
+    "open_device",
+    "wait_for_all",
+]
 
 Addresses = npt.NDArray[np.uint64]
 """Addresses, or sizes in bytes, ``[copies]``: passed to the driver as they lie in memory."""
@@ -152,6 +165,29 @@ def do_all(steps: Iterable[Callable[[], object]]) -> None:
             refusals.append(error)
     if refusals:
         raise refusals[0]
+
+
+def wait_for_all(streams: Iterable[Stream], end: Event) -> None:
+    """Wait until everything queued on some streams is done, one after the other, also behind one that refused.
+
+    Args:
+        streams: Those that are waited for.
+        end: Recorded on each of them in turn.
+
+    Raises:
+        DeviceError: The first refusal, behind the last stream.
+    """
+
+    def wait(stream: Stream) -> None:
+        stream.record(end)
+        end.synchronize()
+
+    do_all(functools.partial(wait, stream) for stream in streams)
+
+
+def one_copy(target: int, source: int, nbytes: int) -> tuple[Addresses, Addresses, Addresses]:
+    """Return the arguments of ``Stream.copy_each`` for a single piece."""
+    return np.array([target], np.uint64), np.array([source], np.uint64), np.array([nbytes], np.uint64)
 
 
 def open_device(index: int) -> Device:

@@ -26,7 +26,7 @@ from blake3 import blake3
 from kvferry.connector.errors import DeviceError
 from kvferry.connector.rotation import make_private
 
-__all__ = ["KERNELS", "CubinCache", "cache_directory", "compile_kernels"]
+__all__ = ["KERNELS", "CubinCache", "cache_directory", "compile_kernels", "kept_kernels"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,11 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     """Return where cubins lie, following the XDG base directories."""
     cache = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".cache")
     return Path(cache) / "kvferry" / "kernels"
+
+
+def kept_kernels(architecture: str) -> bytes:
+    """Return the kernels from this user's cache, compiled if they are not there; raises as ``compile_kernels``."""
+    return compile_kernels(architecture, CubinCache(cache_directory(os.environ)))
 
 
 def compile_kernels(architecture: str, cache: CubinCache | None = None, kernels: Path = KERNELS) -> bytes:

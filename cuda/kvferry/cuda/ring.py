@@ -19,17 +19,27 @@ Owned by the stager's thread.
 
 from __future__ import annotations
 
-import functools
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from kvferry.connector.staging import PageIds
 from kvferry.cuda.batch import CopyCall
-from kvferry.cuda.driver import Addresses, Device, Event, Held, Kernel, Kernels, Stream, do_all
+from kvferry.cuda.driver import (
+    Addresses,
+    Device,
+    Event,
+    Held,
+    Kernel,
+    Kernels,
+    Stream,
+    do_all,
+    one_copy,
+    wait_for_all,
+)
 from kvferry.cuda.geometry import CopyGeometry
 
 __all__ = ["KernelPath", "RingSize"]
@@ -148,16 +158,12 @@ class KernelPath:
 
     def finish(self) -> None:
         """Wait until everything queued is done, also where queueing ended early."""
-        do_all(functools.partial(self._wait, stream) for stream in (*self._save, *self._load))
+        wait_for_all((*self._save, *self._load), self._end)
 
     def close(self) -> None:
         """Give the device's memory back. Idempotent; nothing may be queued."""
         held, self._held = self._held[::-1], []
         do_all([*(one.close for one in held), self._kernels.close])
-
-    def _wait(self, stream: Stream) -> None:
-        stream.record(self._end)
-        self._end.synchronize()
 
     def _rounds(self, page_ids: PageIds, shards: Addresses) -> Iterator[tuple[_Part, PageIds, Addresses]]:
         """Yield a free part with as many blocks as it takes, until all had their turn."""
@@ -177,7 +183,7 @@ class KernelPath:
     def _launch(self, kernel: Kernel, stream: Stream, part: _Part, ids: PageIds) -> None:
         """Send the page ids and run a kernel on a part."""
         part.ids[: len(ids)] = ids
-        stream.copy_each(*_one(part.ids_on_device, part.ids.ctypes.data, ids.nbytes))
+        stream.copy_each(*one_copy(part.ids_on_device, part.ids.ctypes.data, ids.nbytes))
         needed = -(-self._geometry.steps(ids.size) // _THREADS)
         arguments = (
             self._geometry.pack(),
@@ -216,7 +222,7 @@ class KernelPath:
         table = self._keep(device.allocate(offsets.nbytes))
         registered = device.register_host(sent_from.ctypes.data, sent_from.nbytes)
         try:
-            self._save.pages.copy_each(*_one(table, sent_from.ctypes.data, offsets.nbytes))
+            self._save.pages.copy_each(*one_copy(table, sent_from.ctypes.data, offsets.nbytes))
             self.finish()
         finally:
             registered.close()
@@ -225,11 +231,6 @@ class KernelPath:
     def _keep(self, held: Held) -> int:
         self._held.append(held)
         return held.address
-
-
-def _one(target: int, source: int, nbytes: int) -> Sequence[Addresses]:
-    """As the arguments of one copy."""
-    return [np.array([value], np.uint64) for value in (target, source, nbytes)]
 
 
 def _aligned(nbytes: int) -> int:

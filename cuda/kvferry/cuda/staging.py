@@ -114,11 +114,7 @@ class DeviceStaging:
         self._path = make_path(geometry)
         self._engine_stream = engine_stream
         self._slot_offset = geometry.slot_offset
-        self._bounds = BatchBounds(
-            num_pages=pages.layout.num_pages,
-            pages_per_block=geometry.pages_per_block,
-            payload_bytes=pages.block.payload_bytes,
-        )
+        self._bounds = BatchBounds.of(pages.layout, pages.block)
         self._registered: dict[int, Held] = {}
         self.path_name = path_name
         """By which other stagings of the same pages can be made without measuring again."""

@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from kvferry.connector.bench.case import Figure, Goal
 from kvferry.connector.bench.host import page_layout
 from kvferry.connector.bench.measure import interleaved
@@ -19,7 +17,7 @@ from kvferry.connector.errors import ArenaError, DeviceError
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.staging import PageIds, SlotIds
 from kvferry.cuda.choice import PathName, Paths, blocks_at_once
-from kvferry.cuda.driver import Device
+from kvferry.cuda.driver import Device, one_copy
 from kvferry.cuda.geometry import copy_geometry
 from kvferry.cuda.scratch import Scratch
 from kvferry.cuda.staging import DeviceStaging
@@ -185,7 +183,7 @@ def _raw_sides(device: Device, scratch: Scratch) -> Sides:
     pages, slots = scratch.pages.address, scratch.slots.ctypes.data
 
     def copies(*pieces: tuple[int, int, int]) -> Callable[[int], None]:
-        arrays = [[np.array([value], np.uint64) for value in piece] for piece in pieces]
+        arrays = [one_copy(*piece) for piece in pieces]
 
         def run(_: int) -> None:
             for stream, end, piece in zip(streams, ends, arrays, strict=False):

@@ -23,12 +23,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from kvferry.connector.config import PeerConfig
 from kvferry.connector.errors import HandoffFailed, LayoutError
 from kvferry.connector.transport import (
     Heads,
+    PageIds,
     PageMemory,
     PageReader,
     RemotePages,
@@ -44,7 +44,6 @@ __all__ = ["OnDone", "PeerReads", "shared_heads"]
 
 logger = logging.getLogger(__name__)
 
-PageIds = npt.NDArray[np.int32]
 OnDone = Callable[[HandoffFailed | None, int, float], None]
 """Called with why a read failed, or None, the bytes it moved and the seconds it took."""
 

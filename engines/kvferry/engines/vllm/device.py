@@ -38,11 +38,7 @@ class TorchPages:
         self._page_tokens = layout.page_tokens
         self._block = block
         self._shard = shard
-        self._bounds = BatchBounds(
-            num_pages=layout.num_pages,
-            pages_per_block=block.block_tokens // layout.page_tokens,
-            payload_bytes=block.payload_bytes,
-        )
+        self._bounds = BatchBounds.of(layout, block)
         self._stream = torch.cuda.Stream(device=layers[0].device)
 
     @property

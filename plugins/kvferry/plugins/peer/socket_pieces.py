@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.connector.staging import Bytes, PageIds, SlotIds
 from kvferry.connector.transport import Heads, PageMemory, PageStaging
 
 __all__ = ["Piece", "PieceBuffer"]
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
         """Copy the bytes over the engine's pages."""
         self.staging.scatter(*self._batch())
 
-    def _batch(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    def _batch(self) -> tuple[PageIds, SlotIds, Bytes]:
         return np.array(self.page_ids, np.int32).reshape(-1, 1), np.arange(len(self.rows)), self.rows
 
 

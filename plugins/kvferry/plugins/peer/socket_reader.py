@@ -13,22 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 
 from kvferry.connector.address import Address
 from kvferry.connector.channel import Channel
 from kvferry.connector.config import TlsConfig
 from kvferry.connector.dialing import dial
 from kvferry.connector.errors import AccessRefused, HandoffFailed, LayoutError, WireError
-from kvferry.connector.transport import Heads, PageMemory, RemotePages
+from kvferry.connector.transport import Heads, PageIds, PageMemory, RemotePages
 from kvferry.plugins.peer import socket_wire as wire
 from kvferry.plugins.peer.socket_exporter import IDLE_S
 from kvferry.plugins.peer.socket_pieces import PieceBuffer
 from kvferry.plugins.peer.socket_wire import Offer, Opening
 
 __all__ = ["SocketReader", "common_heads"]
-
-PageIds = npt.NDArray[np.int32]
 
 _CLOSE_S = 5.0
 
