@@ -76,11 +76,11 @@ def soon(seconds: float = 20.0) -> float:
     return time.monotonic() + seconds
 
 
-def check(reader: PageReader, own: Pages, target: Target) -> None:
+def check(reader: PageReader, own: Pages, target: Target, deadline_s: float = 20.0) -> None:
     """Read everything and compare every byte."""
     own.bytes[:] = POISON
     every = np.arange(own.spec.pages, dtype=np.int32)
-    reader.read(every, every[::-1], soon())
+    reader.read(every, every[::-1], soon(deadline_s))
     expected = Pages(own.spec)
     expected.put(own.memory.heads, [int(page) for page in every[::-1]], contents(target.specs[0]))
     assert np.array_equal(own.bytes, expected.bytes)
@@ -251,12 +251,22 @@ def test_a_target_that_is_killed_while_it_is_read_is_noticed(
         killing.join()
 
 
-def test_a_target_that_is_stopped_is_read_all_the_same(own: Pages) -> None:
+def test_a_target_that_is_stopped_is_read_right_or_given_up_in_time(own: Pages) -> None:
+    """Which of the two depends on whether UCX still wants a word with the target; no wrong byte in either case."""
     with Target([ONE]) as target:
         reader = connect(target, own)
         target.signal(signal.SIGSTOP)
-        check(reader, own, target)
+        started = time.monotonic()
+        failures = []
+        try:
+            check(reader, own, target, deadline_s=2.0)
+        except HandoffFailed as failure:
+            failures.append(failure.reason)
+        assert failures in ([], ["timeout"])
+        assert time.monotonic() - started < 6.0
         reader.close()
+        target.signal(signal.SIGCONT)
+        check_anew(target)
 
 
 def test_a_target_that_is_stopped_cannot_be_connected_to_and_the_deadline_holds(own: Pages) -> None:
