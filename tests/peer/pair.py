@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from engine import Engine, wait_until
+from prompts import random_tokens
 from serving import Json, Metrics, Reply, VllmServer
 
 __all__ = ["ASK", "Handed", "Pair", "Reference", "Taken", "free", "own_count", "peer", "running", "settle"]
@@ -149,6 +151,22 @@ class Pair:
         prefill = self.prefill.ask(tokens, 1, ASK, **body)
         assert prefill.params is not None, "P did not hold the pages"
         return Handed(prefill, self.decode.ask(tokens, max_tokens, own_count(prefill.params), **body))
+
+    def hands_over_again(self, reference: Reference, rng: random.Random, length: int) -> None:
+        """Make sure that fresh prompts are handed over, whatever happened before.
+
+        A machine that stands still for longer than a lease makes D compute one of them, rightly; not three in a row.
+        """
+        reasons = []
+        for _ in range(3):
+            prompt = random_tokens(rng, length)
+            before = self.taken()
+            handed = self.hand_over(prompt)
+            assert handed.decode.tokens == reference(prompt)
+            if handed.decode.cached == length:
+                return
+            reasons.append(self.taken().since(before).failures)
+        raise AssertionError(f"no handoff is taken any more: {reasons}\n{self.decode.log}")
 
     def free(self) -> None:
         """Wait until no page is in use, on either side; vLLM's own caches are then empty."""
