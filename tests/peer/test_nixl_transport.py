@@ -76,11 +76,11 @@ def soon(seconds: float = 20.0) -> float:
     return time.monotonic() + seconds
 
 
-def check(reader: PageReader, own: Pages, target: Target, deadline_s: float = 20.0) -> None:
+def check(reader: PageReader, own: Pages, target: Target, deadline: float | None = None) -> None:
     """Read everything and compare every byte."""
     own.bytes[:] = POISON
     every = np.arange(own.spec.pages, dtype=np.int32)
-    reader.read(every, every[::-1], soon(deadline_s))
+    reader.read(every, every[::-1], deadline or soon())
     expected = Pages(own.spec)
     expected.put(own.memory.heads, [int(page) for page in every[::-1]], contents(target.specs[0]))
     assert np.array_equal(own.bytes, expected.bytes)
@@ -259,7 +259,7 @@ def test_a_target_that_is_stopped_is_read_right_or_given_up_in_time(own: Pages) 
         started = time.monotonic()
         failures = []
         try:
-            check(reader, own, target, deadline_s=2.0)
+            check(reader, own, target, soon(2.0))
         except HandoffFailed as failure:
             failures.append(failure.reason)
         assert failures in ([], ["timeout"])
