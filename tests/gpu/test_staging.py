@@ -294,7 +294,7 @@ def test_single_pages_of_some_heads(device: Device, path: PathName) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_the_vllm_workers_self_test_on_torchs_pages(device: Device, path: PathName) -> None:
     torch = pytest.importorskip("torch")
-    from kvferry.engines.vllm.selftest import round_trip
+    from kvferry.engines.roundtrip import round_trip
     from kvferry.engines.vllm.worker import _staging
 
     if path == "batch" and not device.has_batch_copies:

@@ -110,7 +110,7 @@ def test_without_the_staging_path_torch_copies_and_one_line_says_so(
     def missing(index: int) -> None:
         raise DeviceError("open a GPU", "NVIDIA's packages are not there", "pip install 'kvferry[cuda]'")
 
-    made_by_torch = ModuleType("kvferry.engines.vllm.device")
+    made_by_torch = ModuleType("kvferry.engines.torch_pages")
     made_by_torch.TorchPages = lambda *arguments: SimpleNamespace(arguments=arguments)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, made_by_torch.__name__, made_by_torch)
     monkeypatch.setattr(choice, "open_device", missing)

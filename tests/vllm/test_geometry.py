@@ -13,8 +13,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.staging import HostStaging
+from kvferry.engines.roundtrip import round_trip
 from kvferry.engines.vllm.geometry import page_layout, pages_array
-from kvferry.engines.vllm.selftest import round_trip
 from kvferry.engines.vllm.worker import _ManagerPages
 
 LAYERS, PAGES, TOKENS, HEAD_DIM = 3, 8, 16, 8

@@ -18,6 +18,7 @@ The tree follows responsibility, not modules: who has to act is readable from th
     ├─ AccessRefused                a credential was refused, by the server or by us
     ├─ DeviceError                  CUDA: its driver or its compiler refused, or is not there
     ├─ HandoffFailed                pages of another engine could not be had; the request recomputes
+    ├─ LoadFailed                   what an engine counts as computed could not be loaded; the engine ends
     └─ BlockRefused                 bytes were offered that must not reach a model
 
 A miss is not an error and has no class here: lookups and loads report it as a value.
@@ -38,6 +39,7 @@ __all__ = [
     "KVFerryError",
     "LayoutError",
     "LeaseError",
+    "LoadFailed",
     "PluginError",
     "PluginMissing",
     "TierError",
@@ -207,6 +209,24 @@ class HandoffFailed(KVFerryError):
         self.reason = reason
         self.why = why
         super().__init__(f"handoff failed ({reason}): {why}; the request is recomputed")
+
+
+class LoadFailed(KVFerryError):
+    """A load failed for good in an engine that cannot be told so; the engine is stopped.
+
+    Args:
+        rank: Of the engine.
+        request_id: The engine's name for the request.
+        why: What failed.
+    """
+
+    def __init__(self, rank: int, request_id: str, why: str) -> None:
+        self.rank = rank
+        self.request_id = request_id
+        super().__init__(
+            f"rank {rank} cannot load the blocks that request {request_id} was promised: {why}; the engine counts them "
+            "as computed, so it is stopped: its output would be wrong"
+        )
 
 
 class BlockRefused(KVFerryError):

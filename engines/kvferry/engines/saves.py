@@ -60,6 +60,10 @@ class OpenSaves:
             return set()
         return {self._by_page[page] for page in pages if page in self._by_page}
 
+    def is_reading(self, request_id: str) -> bool:
+        """Tell whether a save of a request is under way."""
+        return any(save.request_id == request_id for save in self._saves.values())
+
     def report(self, report: WorkerReport) -> Sequence[Save]:
         """Take in what ranks finished; return the saves that all of them have finished now."""
         through = []

@@ -27,7 +27,7 @@ import msgspec
 from kvferry.connector.config import Config
 from kvferry.connector.explain import RequestRecord
 from kvferry.connector.keys import BlockKey, KeyChain, content_digest, epoch_fingerprint, root_key
-from kvferry.connector.service import HOST, CacheService, Lease, Match, MissReason, Reservation
+from kvferry.connector.service import HOST, CacheService, Match, MissReason, Reservation
 from kvferry.engines.jobs import (
     BlockCopy,
     LoadJob,
@@ -37,6 +37,7 @@ from kvferry.engines.jobs import (
     StepJobs,
     WorkerReport,
 )
+from kvferry.engines.loads import Load, OpenLoads, block_copies
 from kvferry.engines.prefill import PrefillRate
 from kvferry.engines.request import RequestInfo, RequestState
 from kvferry.engines.saves import OpenSaves, Save
@@ -59,15 +60,6 @@ class Peers(Protocol):
 
     def over(self, request_id: str) -> None:
         """Say that nothing is wanted any more for a request. Idempotent; unknown ids are ignored."""
-
-
-class _Load(msgspec.Struct):
-    """A load that the workers have not reported yet; outlives its session on abort."""
-
-    lease: Lease
-    keys: tuple[BlockKey, ...]
-    started: float
-    peer: PeerRead | None
 
 
 class EngineSessions:
@@ -108,7 +100,7 @@ class EngineSessions:
         """How fast the engine computes; the adapter tells it each step."""
         self._always_asked = _always_asked(config)
         self._sessions: dict[str, RequestState] = {}
-        self._loads: dict[str, _Load] = {}
+        self._loads = OpenLoads(service)
         self._saves = OpenSaves(world_size)
         self._jobs = StepJobs()
         self._disabled = ""
@@ -136,18 +128,22 @@ class EngineSessions:
         )
         self._sessions[info.id] = RequestState(info, chain, record)
 
-    def offer(self, request_id: str, tokens: Sequence[int], local_tokens: int) -> int | None:
+    def offer(
+        self, request_id: str, tokens: Sequence[int], local_tokens: int, *, may_wait: bool = True
+    ) -> int | None:
         """Tell how many tokens beyond ``local_tokens`` can be loaded, while the request has no pages yet.
 
         Args:
             request_id: An opened request.
             tokens: All its tokens.
             local_tokens: What the engine holds itself, a multiple of the page size.
+            may_wait: False offers what is in the arena now; what is on its way goes on arriving there.
 
         Returns:
             Tokens offered, 0 for none; None while slower tiers are bringing blocks: ask again.
         """
         session = self._sessions[request_id]
+        self._loads.let_go(request_id)
         if self._disabled or session.info.uncacheable or request_id in self._loads:
             return 0
         session.saved_blocks = session.asked_blocks = 0  # the pages it is given next are new ones
@@ -162,12 +158,24 @@ class EngineSessions:
         if match.ready < match.reachable or match.missing is MissReason.NOT_ASKED:
             session.note_sources(match, first)
             why = self._await(session, match, first, wanted)
-            if why is None:
+            if why is None and may_wait:
                 return None
-            missing = why
+            missing = why or match.missing
         session.note_match(match, first, local_tokens, missing, self._clock())
         offered = (first + match.ready) * self._block_tokens - local_tokens
         return max(0, min(offered, len(tokens) - local_tokens))
+
+    def secure(self, request_id: str, local_tokens: int, offered_tokens: int) -> int:
+        """Lease now what was offered, for an engine that counts on every token of an offer it takes.
+
+        ``accept`` uses the lease; another offer, the request's end or a clear releases it.
+
+        Returns:
+            Tokens beyond ``local_tokens`` that are leased, no more than were offered.
+        """
+        first, keys = self._offered_keys(request_id, local_tokens, offered_tokens)
+        leased = self._loads.secure(request_id, keys) if keys else 0
+        return max(0, min(offered_tokens, (first + leased) * self._block_tokens - local_tokens))
 
     def accept(self, request_id: str, pages: Sequence[int], local_tokens: int, offered_tokens: int) -> None:
         """Plan the load of tokens that were offered and that the engine made pages for.
@@ -190,14 +198,10 @@ class EngineSessions:
 
     def load_finished(self, request_id: str, ok: bool) -> None:
         """Every rank has reported the load of ``request_id``; unknown ids are ignored."""
-        load = self._loads.pop(request_id, None)
+        load = self._loads.end(request_id, ok)
         if load is None:
             return
-        self._service.release(load.lease)
-        self._service.release_owner(request_id)
         self._peer_is_over(request_id)
-        if not ok and load.peer is None:
-            self._service.report_load_failed(load.keys)
         session = self._sessions.get(request_id)
         if session is None:
             return
@@ -298,6 +302,7 @@ class EngineSessions:
         if session is None:
             return False
         self._peer_is_over(request_id)
+        self._loads.let_go(request_id)
         session.note_regret(self.prefill.seconds(self._block_tokens))
         self._on_record(session.record)
         if request_id in self._loads:
@@ -311,6 +316,14 @@ class EngineSessions:
             return False
         self._jobs.releases.append(request_id)
         return True
+
+    def is_loading(self, request_id: str) -> bool:
+        """Tell whether some rank still has to report a request's load."""
+        return request_id in self._loads
+
+    def is_saving(self, request_id: str) -> bool:
+        """Tell whether some rank still has to report a save of a request, also when it is over."""
+        return self._saves.is_reading(request_id)
 
     def has_pending(self) -> bool:
         """Tell whether workers still have to report something."""
@@ -334,6 +347,7 @@ class EngineSessions:
         keeps it. Requests that began with the old weights are no longer cached.
         """
         self._saves.spoil()
+        self._loads.let_all_go()
         for session in self._sessions.values():
             session.info = msgspec.structs.replace(session.info, uncacheable=_CLEARED)
         self._fingerprint = epoch_fingerprint(self._fingerprint, secrets.token_bytes(32))
@@ -395,10 +409,9 @@ class EngineSessions:
         self, request_id: str, pages: Sequence[int], local_tokens: int, offered_tokens: int
     ) -> tuple[tuple[BlockCopy, ...], PeerRead | None]:
         session = self._sessions[request_id]
-        first = local_tokens // self._block_tokens
+        first, keys = self._offered_keys(request_id, local_tokens, offered_tokens)
         end_token = local_tokens + offered_tokens
-        keys = tuple(session.chain.keys[first : -(-end_token // self._block_tokens)])
-        lease = self._service.lease(request_id, keys)
+        lease = self._loads.lease(request_id, keys)
         leased = len(lease.places)
         session.note(offered_tokens=offered_tokens)
         is_whole = (first + leased) * self._block_tokens >= end_token
@@ -407,16 +420,19 @@ class EngineSessions:
         if source is not None and end_token == session.peer_tokens:
             start = max(local_tokens, (first + leased) * self._block_tokens)
             peer = self._peer_read(session, source, pages, start)
-        self._loads[request_id] = _Load(lease, keys[:leased] if peer else keys, self._clock(), peer)
+        self._loads.begin(request_id, Load(lease, keys[:leased] if peer else keys, self._clock(), peer))
         if not is_whole and peer is None:
             return (), None
-        copies = []
-        for index, place in enumerate(lease.places, start=first):
-            start = index * self._pages_per_block
-            skipped = max(0, local_tokens // self._page_tokens - start)
-            own = tuple(pages[start + skipped : start + self._pages_per_block])
-            copies.append(BlockCopy(place.slot, place.generation, skipped, own))
-        return tuple(copies), peer
+        first_page, end_page = local_tokens // self._page_tokens, -(-end_token // self._page_tokens)
+        return block_copies(lease, pages, first, first_page, end_page, self._pages_per_block), peer
+
+    def _offered_keys(
+        self, request_id: str, local_tokens: int, offered_tokens: int
+    ) -> tuple[int, Sequence[BlockKey]]:
+        """Return the block that ``local_tokens`` end in, and the keys of it and of all that was offered behind it."""
+        first = local_tokens // self._block_tokens
+        end = -(-(local_tokens + offered_tokens) // self._block_tokens)
+        return first, tuple(self._sessions[request_id].chain.keys[first:end])
 
     def _peer_read(
         self, session: RequestState, source: PeerSource, pages: Sequence[int], start: int

@@ -78,7 +78,7 @@ class _DevicePages:
     def __init__(
         self, layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard
     ) -> None:
-        from kvferry.engines.vllm.device import TorchPages
+        from kvferry.engines.torch_pages import TorchPages
 
         self._pages = TorchPages(layers, layout, block, shard)
 

@@ -21,17 +21,18 @@ from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds, Stag
 from kvferry.connector.transport import RemotePages
 from kvferry.cuda.choice import make_staging
 from kvferry.cuda.staging import DevicePages, DeviceStaging
+from kvferry.engines.gpu_staging import gpu_staging
 from kvferry.engines.handoff.exporting import PageExports, export_pages
 from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.handoff.transports import chosen, context, usable
 from kvferry.engines.jobs import StepJobs, WorkerReport
+from kvferry.engines.roundtrip import round_trip
 from kvferry.engines.stager import Stager, StagerResults
 from kvferry.engines.vllm.affinity import unbound
 from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
 from kvferry.engines.vllm.gpu_pages import GpuPages
 from kvferry.engines.vllm.memory import page_memory
-from kvferry.engines.vllm.selftest import round_trip
 
 if TYPE_CHECKING:
     import torch
@@ -200,30 +201,8 @@ def _staging(
     ratio = layout.num_pages // num_pages
     if layers[0].device.type == "cpu":
         return _ManagerPages(HostStaging(pages_array(layers[0]), layout, block, shard), ratio)
-    return _ManagerPages(_device_staging(layers, layout, block, shard, cuda), ratio)
-
-
-def _device_staging(
-    layers: list[torch.Tensor], layout: PageLayout, block: BlockLayout, shard: Shard, cuda: CudaConfig
-) -> Staging:
-    """Return the CUDA staging path; where it cannot be used, torch's copies, saying so."""
-    import torch
-
-    device = layers[0].device
     pages = _device_pages(layers, layout, block, shard)
-    try:
-        return make_staging(
-            device.index or 0, pages, cuda, lambda: torch.cuda.current_stream(device).cuda_stream
-        )
-    except DeviceError as error:
-        logger.warning(
-            "rank %d: torch copies blocks page by page, so loads and saves take longer and hold Python's lock: %s",
-            shard.rank,
-            error,
-        )
-    from kvferry.engines.vllm.device import TorchPages
-
-    return TorchPages(layers, layout, block, shard)
+    return _ManagerPages(gpu_staging(layers, pages, cuda), ratio)
 
 
 def _device_pages(

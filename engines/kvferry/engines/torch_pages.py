@@ -21,7 +21,8 @@ class TorchPages:
     """Copies one rank's shard of blocks between CUDA pages and host slots: see ``connector.staging.Staging``.
 
     Args:
-        layers: Each layer's cache ``[pages, heads, tokens, content]``, in model order.
+        layers: Each layer's cache ``[pages, heads, tokens, *content]``, in model order; of a token K comes before V.
+            however many axes it has.
         layout: Their strides.
         block: The canonical block.
         shard: This rank's part of it.
@@ -87,11 +88,11 @@ class TorchPages:
         """Do nothing: torch frees the stream."""
 
     def _in_slot(self, slot: Bytes, index: int) -> torch.Tensor:
-        """View page ``index`` of the shard's bytes as ``[heads, layers, tokens of the page, content]``."""
+        """View page ``index`` of the shard's bytes as ``[heads, layers, tokens of the page, *content]``."""
         block, shard = self._block, self._shard
         head_bytes = block.num_layers * block.run_bytes
         own = slot[shard.first_head * head_bytes :][: shard.num_heads * head_bytes]
         whole = torch.from_numpy(own).view(
-            shard.num_heads, block.num_layers, block.block_tokens, block.token_bytes
+            shard.num_heads, block.num_layers, block.block_tokens, *self._layers[0].shape[3:]
         )
         return whole[:, :, index * self._page_tokens : (index + 1) * self._page_tokens]

@@ -30,7 +30,8 @@ def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout,
 
     Args:
         staging: What will move this rank's blocks.
-        layers: Each layer's cache ``[pages, heads, tokens, content]``, in model order.
+        layers: Each layer's cache ``[pages, heads, tokens, *content]``, in model order; of a token K comes before V.
+            however many axes it has.
         block: The canonical block.
         shard: This rank's part of it.
 
@@ -86,8 +87,8 @@ def _compare_slots(arena: Bytes, patterns: list[torch.Tensor], block: BlockLayou
     own = slot[start : start + shard.num_heads * head_bytes]
     found = own.reshape(shard.num_heads, block.num_layers, block.block_tokens, block.token_bytes)
     for index, pattern in enumerate(patterns):
-        # [pages, heads, tokens, content] -> [heads, tokens of the block, content]
-        canonical = pattern.permute(1, 0, 2, 3).reshape(shard.num_heads, block.block_tokens, -1).numpy()
+        # [pages, heads, tokens, *content] -> [heads, tokens of the block, bytes]
+        canonical = pattern.transpose(0, 1).reshape(shard.num_heads, block.block_tokens, -1).numpy()
         if not np.array_equal(found[:, index], canonical):
             raise LayoutError(f"layer {index} lies in a block in an order that kvferry does not expect")
     outside = np.concatenate((other, slot[:start], slot[start + own.size :]))
