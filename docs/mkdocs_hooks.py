@@ -46,8 +46,14 @@ def fields_table(struct_path: str) -> Iterator[str]:
     for field in msgspec.structs.fields(struct):
         kind = value_of(field.type, field.name)
         if kind is not None:
-            default = "*required*" if field.required else f"`{shown(field.default, field.name)}`"
+            default = "*required*" if field.required else f"`{shown(default_of(field), field.name)}`"
             yield f"| `{field.name}` | {kind} | {default} | {docstrings[field.name]} |"
+
+
+def default_of(field: msgspec.structs.FieldInfo) -> object:
+    """The value of a field that is not given."""
+    factory = field.default_factory
+    return field.default if factory is msgspec.NODEFAULT else factory()
 
 
 def field_docstrings(struct: type[msgspec.Struct]) -> dict[str, str]:
@@ -77,9 +83,7 @@ def message_table(struct_path: str) -> Iterator[str]:
     for field in msgspec.structs.fields(struct):
         packed = packed_as(msgspec.inspect.type_info(field.type))
         if not field.required:
-            factory = field.default_factory
-            default = field.default if factory is msgspec.NODEFAULT else factory()
-            packed += f"; `{msgspec.json.encode(default).decode()}` if absent"
+            packed += f"; `{msgspec.json.encode(default_of(field)).decode()}` if absent"
         yield f"| `{field.name}` | {packed} | {linked(docstrings.get(field.name, ''), struct)} |"
 
 
@@ -159,6 +163,8 @@ def value_of(annotation: object, name: str) -> str | None:
     if isinstance(info, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
         inner = info.item_type
         return "list of tables" if isinstance(inner, msgspec.inspect.DictType) else "list of text"
+    if isinstance(info, msgspec.inspect.DictType):
+        return "tables by name"
     return _WORDS[type(info).__name__.removesuffix("Type").lower()] + bounds(info)
 
 

@@ -92,7 +92,7 @@ def test_there_are_hooks() -> None:
 @pytest.mark.parametrize(
     ("struct", "table"), [
         (config.Config, ""), (config.HostConfig, "host"), (config.ExplainConfig, "explain"), (config.TlsConfig, "tls"),
-        (config.PeerConfig, "peer"), (config.CudaConfig, "cuda"),
+        (config.PeerConfig, "peer"), (config.CudaConfig, "cuda"), (config.TrtllmConfig, "trtllm"),
         (config.TierConfig, "tiers"), (server_config.ServerConfig, "server"),
         (server_config.ServerTlsConfig, "server.tls"), (server_config.TenantConfig, "tenants"),
         *((tier_type.options, f"The {tier_type.name} tier") for tier_type in plugin_tier_types()),

@@ -104,6 +104,37 @@ def test_a_mistake_in_the_handoffs_options_is_named(peer: dict[str, object], pat
     assert failure.value.path == path
 
 
+def test_tensorrt_llms_table_is_configured_like_everything_else(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, '[trtllm.adapters.7]\nname = "support"\npath = "/adapters/support"\n')
+    environ = {"KVFERRY_TRTLLM__QUERY_WAIT_S": "0", "KVFERRY_TRTLLM__SYNC_BYTES": "9"}
+    settings = load_settings({"trtllm": {"sync_bytes": "8MiB"}}, path, environ)
+    trtllm = settings.config.trtllm
+    assert (trtllm.query_wait_s, trtllm.sync_bytes) == (0, 8 * MIB)
+    assert trtllm.adapters["7"].name == "support"
+    shown = {line.path: (line.value, line.origin) for line in effective(settings)}
+    assert shown["trtllm.adapters"] == ('{"7": {"name": "support", "path": "/adapters/support"}}', path)
+    assert load_settings().config.trtllm.sync_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("trtllm", "path"),
+    [
+        ({"sync_byte": 5}, "trtllm.sync_byte"),
+        ({"query_wait_s": -1}, "trtllm.query_wait_s"),
+        ({"query_wait_s": 5}, "trtllm.query_wait_s"),
+        ({"sync_bytes": -1}, "trtllm.sync_bytes"),
+        ({"adapters": {"support": {"name": "support", "path": "/a"}}}, "trtllm.adapters"),
+        ({"adapters": {"07": {"name": "support", "path": "/a"}}}, "trtllm.adapters"),
+        ({"adapters": {"7": {"name": "support"}}}, "trtllm.adapters"),
+        ({"adapters": {"7": {"name": "support", "path": "/a", "rank": 8}}}, "trtllm.adapters"),
+    ],
+)
+def test_a_mistake_in_tensorrt_llms_table_is_named(trtllm: dict[str, object], path: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        load_settings({"trtllm": trtllm})
+    assert failure.value.path == path
+
+
 def test_variables_that_kubernetes_sets_beside_a_service_are_ignored() -> None:
     environ = {
         "KVFERRY_SERVICE_HOST": "10.0.0.1",

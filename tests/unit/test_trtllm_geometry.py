@@ -71,6 +71,30 @@ def test_the_text_model_of_a_multimodal_checkpoint_counts(tmp_path: Path) -> Non
     assert block_layout(args(tmp_path), 0) == BLOCK
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fits"),
+    [
+        ("torch.bfloat16", True),
+        ("DataType.BF16", True),
+        ("torch.float16", False),
+        ("DataType.HALF", False),
+        ("torch.uint8", True),
+        (None, True),
+    ],
+)
+def test_pages_of_another_type_of_the_same_size_are_refused(dtype: str | None, fits: bool) -> None:
+    pool = Pool(np.zeros((PAGES, 3, 2, 4 * TOKENS * 16), np.uint16))
+    pool.dtype = dtype  # type: ignore[attr-defined]
+    if fits:
+        assert pool_layout(pool, BLOCK, BLOCK.shard(0, 1), TOKENS).num_pages == PAGES
+        return
+    with pytest.raises(LayoutError, match="float16"):
+        pool_layout(pool, BLOCK, BLOCK.shard(0, 1), TOKENS)
+    described = SimpleNamespace(groups=[object()], tokens_per_block=TOKENS, dtype=dtype)
+    with pytest.raises(LayoutError, match="float16"):
+        cache_layout(described, BLOCK, BLOCK.shard(0, 1), TOKENS)
+
+
 def test_latent_attention_has_one_head_and_no_v(tmp_path: Path) -> None:
     checkpoint(tmp_path, kv_lora_rank=16, qk_rope_head_dim=8)
     made = block_layout(args(tmp_path), 0)

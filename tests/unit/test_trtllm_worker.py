@@ -19,7 +19,6 @@ from kvferry.connector.arena import Arena, ArenaHandle
 from kvferry.connector.config import Config
 from kvferry.connector.errors import KVFerryError, LoadFailed
 from kvferry.connector.layout import BlockLayout
-from kvferry.connector.settings import Settings
 from kvferry.connector.staging import Bytes, PageIds, SlotIds
 from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
 from kvferry.engines.trtllm import worker as worker_module
@@ -92,8 +91,8 @@ class Rank:
         self.arena.slots_array[:] = 0x77
         for slot in range(4):
             self.arena.set_generation(slot, GENERATION)
-        settings = Settings(Config(self_test=False, load_deadline_s=deadline_s), {})
-        self.worker = WorkerSide(SimpleNamespace(model=str(folder)), settings, 0, 1)
+        config = Config(self_test=False, load_deadline_s=deadline_s)
+        self.worker = WorkerSide(SimpleNamespace(model=str(folder)), config, 0, 1)
         self.loaded: list[str] = []
         self.failed: list[str] = []
         self.report = WorkerReport()
@@ -112,7 +111,6 @@ class Rank:
         self.worker.bind(self.plan(*jobs, **fields))
         self.worker.start_loads(STREAM)
         if forward:
-            self.worker.layer_loaded(0, STREAM)
             self.worker.save(STREAM)
 
     def poll(self, saved: Sequence[int] = (), loading: Sequence[int] = ()) -> tuple[list[int], list[int]]:
@@ -187,7 +185,6 @@ def rank(make: Callable[..., Rank]) -> Rank:
 
 def test_before_the_first_plan_every_hook_does_nothing(rank: Rank) -> None:
     rank.worker.start_loads(STREAM)
-    rank.worker.layer_loaded(0, STREAM)
     rank.worker.save(STREAM)
     assert rank.poll() == ([], [])
     assert not rank.worker.has_loads()
@@ -368,6 +365,39 @@ def test_a_cancel_while_a_load_writes_holds_the_pages_until_it_is_through(rank: 
     assert rank.poll(saved=[7], loading=[7]) == ([], [])
     rank.pages.gate.set()
     assert rank.poll_until(saved=1, loaded=1) == ([7], [7])
+
+
+def test_pages_that_are_given_to_others_are_written_to_the_end_before(rank: Rank) -> None:
+    rank.pages.gate.clear()
+    rank.step(load())
+    threading.Timer(0.05, rank.pages.gate.set).start()
+    rank.step(awaited_loads=("7", "unknown"))
+    assert (rank.pages.content == 0x77).all()
+    assert rank.poll(loading=[7]) == ([], [7])
+
+
+def test_a_rank_that_failed_gives_up_its_saves_and_keeps_its_loads(rank: Rank) -> None:
+    rank.step(load(), save(1), forward=False)
+    rank.worker.fail("an internal error")
+    rank.poll_for(lambda: rank.loaded == ["7"])
+    assert rank.poll(loading=[7]) == ([], [7])
+    assert rank.failed == []
+    assert rank.report.failed_saves == {1}
+    assert "an internal error" in rank.report.problem
+
+
+def test_saves_that_cannot_be_submitted_are_reported_as_failed(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no more descriptors")
+
+    rank.worker.bind(rank.plan(save(1)))
+    monkeypatch.setattr(worker_module.Stager, "submit_saves", refuse)
+    with pytest.raises(OSError, match="descriptors"):
+        rank.worker.save(STREAM)
+    assert rank.poll(saved=[7]) == ([7], [])
+    assert (rank.report.saved, rank.report.failed_saves) == ({1: 1}, {1})
 
 
 @pytest.mark.parametrize("ends_by", ["bind", "get_finished", "close"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvferry.connector.keys import Extra
-from kvferry.engines.vllm.identity import adapter_identity, weights_digest
+from kvferry.engines.identity import adapter_identity, weights_digest
 from kvferry.engines.vllm.pages import PageTables
 from kvferry.engines.vllm.requests import RequestTranslator
 

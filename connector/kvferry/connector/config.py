@@ -19,6 +19,8 @@ __all__ = [
     "PeerConfig",
     "TierConfig",
     "TlsConfig",
+    "TrtllmAdapterConfig",
+    "TrtllmConfig",
 ]
 
 GIB = 1 << 30
@@ -27,6 +29,7 @@ MOST_THREADS = 256
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+AdapterId = Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]*)$")]
 
 
 class HostConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +125,29 @@ class CudaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Memory on the GPU that ``kernel`` gathers into, per rank; no less than four blocks' share of the rank."""
 
 
+class TrtllmAdapterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA adapter that requests to TensorRT-LLM name by a number alone."""
+
+    name: str
+    """The adapter's name, the same in every engine that should share its blocks."""
+    path: str
+    """Where its weights are; what they are is part of the key."""
+
+
+class TrtllmConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What only engines of TensorRT-LLM need."""
+
+    query_wait_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
+    """Seconds that a step waits in all for blocks of slower tiers, which have to be in the arena before they are
+    offered. 0 offers what is there."""
+    sync_bytes: int | None = None
+    """Largest load, all ranks together, that the engine's step waits for; a larger one goes on beside the steps. When
+    not given: 32 MiB with one rank, and no such load with several."""
+    adapters: dict[AdapterId, TrtllmAdapterConfig] = {}
+    """LoRA adapters by the number that requests give (``lora_task_id``), each a table of ``name`` and ``path``. A
+    request with another number is passed through untouched."""
+
+
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """TLS towards a cache server; used with ``tls://`` addresses."""
 
@@ -166,6 +192,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Revision of the weights for keys; found or digested when empty."""
     peer: PeerConfig = PeerConfig()
     cuda: CudaConfig = CudaConfig()
+    trtllm: TrtllmConfig = TrtllmConfig()
     save: Literal["all", "prompt", "none"] = "all"
     """``all`` saves prompt and generated blocks, ``prompt`` only the prompt's, ``none`` nothing."""
     lease_s: Seconds = 60.0

@@ -45,6 +45,7 @@ __all__ = [
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+EXTRA_CONFIG = "kv_connector_extra_config"
 CONFIG_FILE_KEY = "config_file"
 """Key of the extra config that names the TOML file."""
 CONFIG_FILE_VARIABLE = "KVFERRY_CONFIG"
@@ -94,6 +95,7 @@ def load_settings(
     extra: Mapping[str, object] | None = None,
     toml_path: str | None = None,
     environ: Mapping[str, str] | None = None,
+    extra_name: str = EXTRA_CONFIG,
 ) -> Settings:
     """Read every source and return the effective configuration.
 
@@ -102,6 +104,7 @@ def load_settings(
         toml_path: The TOML file, where the command line names it; else the extra config's key, else
             ``KVFERRY_CONFIG``.
         environ: Environment variables; none when omitted.
+        extra_name: What to call the extra config as a source, for engines that give it in another way than vLLM.
 
     Returns:
         The configuration. Options of tiers are passed on unchecked: only their plugins know them,
@@ -117,7 +120,7 @@ def load_settings(
     if named is not None and not isinstance(named, str):
         raise ConfigError(CONFIG_FILE_KEY, f"found {named!r}, expected the path of a TOML file")
     path = toml_path or named or variables.get(CONFIG_FILE_VARIABLE)
-    sources = [Source(given, "kv_connector_extra_config")]
+    sources = [Source(given, extra_name)]
     if path:
         sources.append(toml_source(path))
     ours = {name: text for name, text in variables.items() if not name.startswith(SERVER_PREFIX)}

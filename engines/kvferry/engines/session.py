@@ -27,7 +27,7 @@ import msgspec
 from kvferry.connector.config import Config
 from kvferry.connector.explain import RequestRecord
 from kvferry.connector.keys import BlockKey, KeyChain, content_digest, epoch_fingerprint, root_key
-from kvferry.connector.service import HOST, CacheService, Match, MissReason, Reservation
+from kvferry.connector.service import CacheService, Match, MissReason, Reservation
 from kvferry.engines.jobs import (
     BlockCopy,
     LoadJob,
@@ -38,6 +38,7 @@ from kvferry.engines.jobs import (
     WorkerReport,
 )
 from kvferry.engines.loads import Load, OpenLoads, block_copies
+from kvferry.engines.patience import Patience
 from kvferry.engines.prefill import PrefillRate
 from kvferry.engines.request import RequestInfo, RequestState
 from kvferry.engines.saves import OpenSaves, Save
@@ -98,7 +99,7 @@ class EngineSessions:
         self._clock = clock
         self.prefill = PrefillRate()
         """How fast the engine computes; the adapter tells it each step."""
-        self._always_asked = _always_asked(config)
+        self._patience = Patience(service, config, self.prefill, clock)
         self._sessions: dict[str, RequestState] = {}
         self._loads = OpenLoads(service)
         self._saves = OpenSaves(world_size)
@@ -157,7 +158,7 @@ class EngineSessions:
         missing = match.missing
         if match.ready < match.reachable or match.missing is MissReason.NOT_ASKED:
             session.note_sources(match, first)
-            why = self._await(session, match, first, wanted)
+            why = self._patience.wait(session, match, first, wanted)
             if why is None and may_wait:
                 return None
             missing = why or match.missing
@@ -176,6 +177,20 @@ class EngineSessions:
         first, keys = self._offered_keys(request_id, local_tokens, offered_tokens)
         leased = self._loads.secure(request_id, keys) if keys else 0
         return max(0, min(offered_tokens, (first + leased) * self._block_tokens - local_tokens))
+
+    def decline(self, request_id: str) -> bool:
+        """Nothing of the last offer is taken, or its pages are gone: release its lease and let no worker load it.
+
+        Returns:
+            Whether a load was planned that no worker has been told of yet.
+        """
+        self._loads.let_go(request_id)
+        planned = len(self._jobs.loads)
+        self._jobs.loads = [load for load in self._jobs.loads if load.request_id != request_id]
+        if len(self._jobs.loads) == planned:
+            return False
+        self._loads.end(request_id, ok=True)
+        return True
 
     def accept(self, request_id: str, pages: Sequence[int], local_tokens: int, offered_tokens: int) -> None:
         """Plan the load of tokens that were offered and that the engine made pages for.
@@ -375,36 +390,6 @@ class EngineSessions:
         session.note_peer(held - start)
         return held - local_tokens
 
-    def _await(
-        self, session: RequestState, match: Match, first: int, wanted: Sequence[BlockKey]
-    ) -> MissReason | None:
-        """Have the tiers bring what is worth it.
-
-        Returns:
-            None while the request is to wait, else why it goes on without block ``match.ready``.
-        """
-        now = self._clock()
-        block_s = self.prefill.seconds(self._block_tokens)
-        waiting = session.waiting
-        is_answer_open = match.missing is MissReason.NOT_ASKED
-        is_patient = self._always_asked if is_answer_open else waiting.tiers & self._always_asked
-        if waiting.is_over(None if is_patient else block_s, self._config.load_deadline_s, now):
-            return MissReason.DEADLINE
-        coming = self._service.prefetch(session.info.id, wanted, block_s)
-        if match.ready < match.reachable and not session.is_decided:
-            session.is_decided = True
-            if coming.expected_s is not None and block_s is not None:
-                recompute_ms = (match.reachable - match.ready) * block_s * 1e3
-                session.note(expected_ms=coming.expected_s * 1e3, recompute_ms=recompute_ms)
-        if match.ready < coming.blocks:
-            tiers = set(match.tiers[match.ready : coming.blocks]) - {HOST}
-            hoped = len(wanted) - match.ready if coming.blocks > match.reachable else 0
-            waiting.go_on(first + match.ready, first + coming.blocks, tiers, now, hoped)
-            return None
-        session.note_declined(match, coming)
-        is_cut = match.ready < match.reachable or coming.cut in (MissReason.SLOWER, MissReason.TIER_DOWN)
-        return coming.cut if is_cut else match.missing
-
     def _plan_load(
         self, request_id: str, pages: Sequence[int], local_tokens: int, offered_tokens: int
     ) -> tuple[tuple[BlockCopy, ...], PeerRead | None]:
@@ -508,9 +493,3 @@ class EngineSessions:
         if session is not None:
             blocks = session.record.saved_blocks + len(keys)
             session.note(saved_blocks=blocks, bytes_saved=blocks * self._service.layout.payload_bytes)
-
-
-def _always_asked(config: Config) -> frozenset[str]:
-    """Return the names of the tiers that are asked, and waited for, whatever was measured."""
-    always = (tier for tier in config.tiers if tier.get("ask") == "always")
-    return frozenset(str(tier.get("name") or tier.get("type", "")) for tier in always)

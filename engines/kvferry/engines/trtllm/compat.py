@@ -8,9 +8,12 @@ field by whether it is there.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ __all__ = [
     "RequestDelta",
     "cache_salt",
     "fact",
+    "found",
     "honoured_tokens",
     "installed",
     "interface",
@@ -31,6 +35,7 @@ _INTERFACES = (
     "tensorrt_llm._torch.pyexecutor.kv_cache_connector",
 )
 """Where the base classes are, newest first."""
+_PACKAGE = "tensorrt_llm"
 _HONOURED = ("py_num_connector_matched_tokens", "num_connector_matched_tokens")
 
 
@@ -67,7 +72,7 @@ def interface() -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
     raise ImportError("TensorRT-LLM has no KV cache connector interface; kvferry needs 1.1 or newer")
 
@@ -79,12 +84,32 @@ def installed() -> Installed:
         ImportError: As ``interface``.
     """
     module = interface()
-    return Installed(_version(), _dialect(module))
+    fields = getattr(getattr(module, "RequestData", None), "__dataclass_fields__", {})
+    has = {*dir(module.KvCacheConnectorWorker), *fields}.__contains__
+    version = _version() or str(getattr(importlib.import_module(_PACKAGE), "__version__", "unknown"))
+    return Installed(version, _dialect(module.__name__, has))
+
+
+def found() -> Installed | None:
+    """Return the same from package metadata and source files, importing nothing; None where TensorRT-LLM is not there.
+
+    The dialect is empty where there is no connector interface.
+    """
+    version, spec = _version(), importlib.util.find_spec(_PACKAGE)
+    if version is None or spec is None:
+        return None
+    for name in _INTERFACES:
+        for folder in spec.submodule_search_locations or ():
+            path = Path(folder, *name.split(".")[1:]).with_suffix(".py")
+            if path.is_file():
+                words = set(re.findall(r"\w+", path.read_text()))
+                return Installed(version, _dialect(name, words.__contains__))
+    return Installed(version, "")
 
 
 def mpi_rank() -> int:
     """Return which rank of the engine this process is."""
-    return int(importlib.import_module("tensorrt_llm").mpi_rank())
+    return int(importlib.import_module(_PACKAGE).mpi_rank())
 
 
 def request_deltas(output: object) -> Iterator[RequestDelta]:
@@ -138,18 +163,16 @@ def _pages(data: object) -> Sequence[int]:
     return by_group[0] if len(by_group) == 1 else ()
 
 
-def _dialect(module: ModuleType) -> str:
-    worker = module.KvCacheConnectorWorker
-    if hasattr(worker, "register_kv_cache_layout"):
+def _dialect(module_name: str, has: Callable[[str], bool]) -> str:
+    if has("register_kv_cache_layout"):
         return "v2"
-    if module.__name__ == _INTERFACES[0]:
+    if module_name == _INTERFACES[0]:
         return "1.3"
-    fields = getattr(getattr(module, "RequestData", None), "__dataclass_fields__", {})
-    return "1.2" if "num_scheduled_tokens" in fields else "1.1"
+    return "1.2" if has("num_scheduled_tokens") else "1.1"
 
 
-def _version() -> str:
+def _version() -> str | None:
     try:
-        return metadata.version("tensorrt_llm")
+        return metadata.version(_PACKAGE)
     except metadata.PackageNotFoundError:
-        return str(getattr(importlib.import_module("tensorrt_llm"), "__version__", "unknown"))
+        return None

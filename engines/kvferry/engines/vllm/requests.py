@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvferry.connector.keys import Extra, Scope
+from kvferry.engines.identity import adapter_identity
 from kvferry.engines.request import RequestInfo
-from kvferry.engines.vllm.identity import adapter_identity
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
