@@ -16,7 +16,8 @@ from kvferry.connector.config import Config
 from kvferry.connector.errors import ConfigError
 from kvferry.connector.keys import ModelIdentity
 from kvferry.connector.layout import BlockLayout
-from kvferry.engines.vllm.geometry import attention_spec, page_encoding
+from kvferry.engines.vllm.geometry import attention_spec
+from kvferry.engines.vllm.packing import page_order
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -56,7 +57,7 @@ def model_identity(
         kv_factor=layout.kv_factor,
         rope=json.dumps(rope, sort_keys=True, default=str),
         block_tokens=layout.block_tokens,
-        page_encoding=page_encoding(vllm_config, kv_cache_config),
+        page_encoding=page_order(vllm_config, spec).encoding,
     )
 
 
