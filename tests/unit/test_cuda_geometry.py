@@ -8,10 +8,14 @@ import pytest
 from staging_kit import pairs, random_case
 
 from kvferry.connector.errors import LayoutError
-from kvferry.connector.layout import BlockLayout, PageLayout
+from kvferry.connector.layout import BlockLayout, ElementOrder, Packing, PageLayout
 from kvferry.cuda.geometry import GEOMETRY_FORMAT, CopyGeometry, copy_geometry
 
 BLOCK = BlockLayout(num_layers=4, num_kv_heads=8, block_tokens=64, head_dim=128, itemsize=2)
+
+
+_ROWS = ElementOrder((16, BLOCK.head_dim), (0, 1))
+PACKING = Packing(_ROWS, _ROWS)
 
 
 def vllm_pages(order: str, block: BlockLayout = BLOCK, tokens: int = 16, tp_size: int = 2) -> PageLayout:
@@ -153,6 +157,7 @@ def test_the_struct_has_its_size() -> None:
         ({"num_heads": 3}, "KV heads"),
         ({"num_pages": 1 << 31}, "31 bits"),
         ({"page_tokens": 48}, "multiple"),
+        ({"packing": PACKING, "token_stride": 2 * BLOCK.head_dim * BLOCK.itemsize}, "no packing"),
     ],
 )
 def test_pages_that_cannot_be_copied_are_refused(change: dict[str, object], why: str) -> None:

@@ -13,7 +13,15 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvferry.connector.keys import BlockKey, Extra, KeyChain, ModelIdentity, Scope, root_key
+from kvferry.connector.keys import (
+    BlockKey,
+    Extra,
+    KeyChain,
+    ModelIdentity,
+    Scope,
+    pages_fingerprint,
+    root_key,
+)
 
 FINGERPRINT = bytes(range(32))
 IDENTITY = ModelIdentity(
@@ -100,6 +108,11 @@ def test_every_text_of_the_identity_changes_the_fingerprint(field: str) -> None:
 def test_every_number_of_the_identity_changes_the_fingerprint(field: str) -> None:
     changed = ModelIdentity(**{**_fields(), field: 7})  # type: ignore[arg-type]
     assert changed.fingerprint() != IDENTITY.fingerprint()
+
+
+def test_pages_of_another_order_are_exchanged_under_another_fingerprint() -> None:
+    assert pages_fingerprint(FINGERPRINT, "") == FINGERPRINT, "as engines did that knew of no order"
+    assert len({pages_fingerprint(FINGERPRINT, order) for order in ("", "vec", "amx")}) == 3
 
 
 def _fields() -> dict[str, object]:

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 import pytest
-from transport_kit import Rank, context, even_ranks
+from transport_kit import Rank, context, even_ranks, rank_over
 
 from kvferry.connector.config import PeerConfig
 from kvferry.connector.errors import HandoffFailed
+from kvferry.connector.keys import pages_fingerprint
 from kvferry.connector.layout import Shard
 from kvferry.connector.transport import Heads, RemotePages, TransportType
 from kvferry.engines.handoff import reading
@@ -37,11 +39,13 @@ def content(count: int) -> bytes:
 class Giver:
     """An engine that holds all its pages for a request."""
 
-    def __init__(self, rank: Rank, transports: list[TransportType], peer: PeerConfig) -> None:
+    def __init__(
+        self, rank: Rank, transports: list[TransportType], peer: PeerConfig, fingerprint: bytes = FINGERPRINT
+    ) -> None:
         self.exports = export_pages(rank.memory, transports, context(), peer.verify)
         assert self.exports is not None
         self.table = HandoffTable(peer.lease_s)
-        self.channel = SideChannel(peer, "", FINGERPRINT, "giver", self.table)
+        self.channel = SideChannel(peer, "", fingerprint, "giver", self.table)
         self.channel.set_ranks([self.exports.pages])
         self.channel.start()
         handed = Handed("theirs", tuple(range(PAGES)), TOKENS, content)
@@ -132,6 +136,30 @@ def test_what_is_not_held_is_refused(
     giver: Giver, answers: Answers, changes: dict[str, object], reason: str
 ) -> None:
     assert answers.reason(giver.read(**changes)) == reason
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "reason"),
+    [("", "", "ok"), ("vec", "vec", "ok"), ("vec", "amx", "incompatible"), ("vec", "", "incompatible")],
+)
+@pytest.mark.parametrize("is_told_apart", [True, False])
+def test_pages_are_read_from_pages_of_their_own_order_only(
+    ranks: tuple[Rank, Rank], theirs: str, ours: str, reason: str, is_told_apart: bool
+) -> None:
+    """The side channel tells them apart; if it did not, the reader would."""
+    giving, taking = (
+        rank_over(rank.pages, msgspec.structs.replace(rank.layout, order=order), rank.block, rank.shard)
+        for rank, order in zip(ranks, (theirs, ours), strict=True)
+    )
+    before = taking.pages.copy()
+    of_pages = pages_fingerprint(FINGERPRINT, theirs if is_told_apart else ours)
+    giver = Giver(giving, [SOCKET], PeerConfig(), of_pages)
+    reads = reads_of(taking, SOCKET)
+    giver.digest()
+    assert Answers(reads).reason(giver.read()) == reason
+    assert np.array_equal(taking.pages, before) == (reason != "ok")
+    reads.close()
+    giver.close()
 
 
 def test_another_engine_or_request_at_the_address_is_refused(giver: Giver, answers: Answers) -> None:

@@ -164,6 +164,19 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def test_a_rank_whose_pages_make_other_blocks_copies_nothing(
+    pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    pages.gate.set()
+    stager = Stager(pages, LAYOUT, LAYOUT.shard(0, 1), page_encoding="of another order")
+    step(stager, servers(1).handle(), LoadJob("a", COPY), SaveJob(1, "a", COPY))
+    found = results(stager, 2)
+    assert (found.failed_loads, found.report.failed_saves) == ({"a"}, {1})
+    assert "makes 'of another order' blocks of its pages, the scheduler's are 'plain'" in found.report.problem
+    assert not pages.batches
+    stager.close()
+
+
 def test_a_load_that_was_queued_before_the_arena_changed_reads_the_old_one(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:

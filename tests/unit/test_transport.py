@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transport_kit import Rank, even_ranks, misfits, random_rank, rank_over, two_ranks, vectors
 
 from kvferry.connector.errors import LayoutError
-from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.connector.layout import BlockLayout, ElementOrder, Packing, Shard
 from kvferry.connector.staging import HostStaging
 from kvferry.connector.transport import (
     MAX_OFFER_BYTES,
@@ -130,6 +130,32 @@ def test_pages_of_another_size_say_what_to_do() -> None:
     smaller = msgspec.structs.replace(giver.layout, page_tokens=8)
     with pytest.raises(LayoutError, match="8 tokens, these 16; give both engines the same block size"):
         msgspec.structs.replace(giver.remote(), layout=smaller).check(taker.memory)
+
+
+def test_pages_whose_elements_lie_in_another_order_are_refused() -> None:
+    giver, taker = even_ranks()
+    packed = msgspec.structs.replace(giver.layout, order="128x64-4711")
+    with pytest.raises(LayoutError, match="in the order '128x64-4711', these in the order of tokens"):
+        msgspec.structs.replace(giver.remote(), layout=packed).check(taker.memory)
+    ours = rank_over(taker.pages, packed, taker.block, taker.shard)
+    said = msgspec.msgpack.encode(msgspec.structs.replace(giver.remote(), layout=packed))
+    msgspec.msgpack.decode(said, type=RemotePages).check(ours.memory)
+    with pytest.raises(LayoutError, match="in the order of tokens, these in the order '128x64-4711'"):
+        giver.remote().check(ours.memory)
+
+
+def test_pages_are_handed_over_as_they_are() -> None:
+    rank, taker = even_ranks()
+    rows = ElementOrder((16, 64), (0, 1))
+    packing = Packing(rows, rows)
+    packed = msgspec.structs.replace(rank.layout, packing=packing, order="some")
+    made = rank_over(rank.pages, packed, rank.block, rank.shard)
+    assert (made.layout.packing, made.layout.order) == (None, "some")
+    remote = msgspec.structs.replace(
+        rank.remote(), layout=msgspec.structs.replace(rank.layout, packing=packing)
+    )
+    with pytest.raises(LayoutError, match="order"):
+        remote.check(taker.memory)
 
 
 NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.integers(-3, 70) | st.sampled_from([2**31, 2**47, 2**48])

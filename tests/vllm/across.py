@@ -115,9 +115,7 @@ def trtllm_toml(tables: dict[str, Any]) -> str:
     return lines.replace("{", "{{").replace("}", "}}")
 
 
-def _open(
-    arguments: SimpleNamespace, layout: BlockLayout, config: Config
-) -> tuple[CacheService, bytes]:
+def _open(arguments: SimpleNamespace, layout: BlockLayout, config: Config) -> tuple[CacheService, bytes]:
     registry = PluginRegistry(config.plugins)
     identity = model_identity(arguments, layout, config)
     fingerprint = block_fingerprint(identity.fingerprint(), config, registry)

@@ -46,7 +46,9 @@ class Pages(NamedTuple):
         return f"{self.tokens}-tokens-{self.ranks}-ranks-{'V2' if self.is_v2 else 'V1'}"
 
 
-EVERY = [Pages(tokens, ranks, is_v2) for tokens in (16, 32, 64) for ranks in (1, 2, 4) for is_v2 in (False, True)]
+EVERY = [
+    Pages(tokens, ranks, is_v2) for tokens in (16, 32, 64) for ranks in (1, 2, 4) for is_v2 in (False, True)
+]
 every_form = pytest.mark.parametrize("pages", EVERY, ids=lambda pages: pages.name)
 every_store = pytest.mark.parametrize("store", STORES)
 
@@ -161,13 +163,17 @@ def test_the_stand_in_reads_what_vllm_wrote(
 ) -> None:
     engine = stand_in(tiny, written.model, pages, stores.tables(store))
     for prompt in SOME[:4]:
-        assert run(engine, prompt) == matched(prompt), "and every byte is vLLM's, or the stand-in would have said so"
+        assert run(engine, prompt) == matched(prompt), (
+            "and every byte is vLLM's, or the stand-in would have said so"
+        )
 
 
 def test_a_block_that_is_not_vllms_is_found(
     stand_in: Callable[..., StandIn], tiny: Path, stores: Stores, written: Written
 ) -> None:
-    engine = stand_in(tiny, read_blocks(tiny, stores.tables("disk"), SOME[:1]), EVERY[0], stores.tables("disk"))
+    engine = stand_in(
+        tiny, read_blocks(tiny, stores.tables("disk"), SOME[:1]), EVERY[0], stores.tables("disk")
+    )
     changed = engine.options.model.kv(Scope(), SOME[0][:BLOCK])
     changed[BLOCK // 2, 1, 1, 1, 0] ^= 1
     engine.options.model._blocks[SOME[0][:BLOCK]] = changed  # type: ignore[attr-defined]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvferry.connector.errors import LayoutError
@@ -15,6 +17,7 @@ from kvferry.connector.layout import BlockLayout
 from kvferry.connector.staging import HostStaging
 from kvferry.engines.roundtrip import round_trip
 from kvferry.engines.vllm.geometry import page_layout, pages_array
+from kvferry.engines.vllm.packing import PageOrder, known_packings, page_order, token_writer
 from kvferry.engines.vllm.worker import _ManagerPages
 
 LAYERS, PAGES, TOKENS, HEAD_DIM = 3, 8, 16, 8
@@ -120,3 +123,129 @@ def test_a_cache_too_small_for_one_block_is_refused() -> None:
     staging = HostStaging(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="one block alone needs"):
         round_trip(staging, layers, whole, whole.shard(0, 1))
+
+
+def config(
+    dtype: torch.dtype, head_dim: int, page_tokens: int, cache_dtype: str = "auto"
+) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """What vLLM's configuration and its cache's say of such pages."""
+    model = SimpleNamespace(dtype=dtype, use_mla=False)
+    stored = dtype if cache_dtype == "auto" else torch.uint8
+    vllm_config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(cache_dtype=cache_dtype))
+    return vllm_config, SimpleNamespace(block_size=page_tokens, head_size=head_dim, dtype=stored)
+
+
+def packed_by(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have vLLM choose this instruction set; its writer needs none of it."""
+    monkeypatch.setattr("vllm.v1.attention.backends.cpu_attn._get_attn_isa", lambda *_: isa)
+
+
+def writer(vllm_config: SimpleNamespace, layers: list[torch.Tensor], isa: str):
+    """Writes tokens by vLLM's own layers."""
+    layer = SimpleNamespace(isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
+    layer.impl = object.__new__(CPUAttentionBackendImpl)
+    layer.impl.attn_type, layer.impl.kv_cache_dtype = "decoder", "auto"
+    names = [f"layers.{index}" for index in range(len(layers))]
+    vllm_config.compilation_config = SimpleNamespace(static_forward_context=dict.fromkeys(names, layer))
+    return token_writer(vllm_config, names, layers)  # type: ignore[arg-type]
+
+
+PACKED = [
+    *itertools.product(["vec"], (torch.float32, torch.bfloat16, torch.float16), (32, 64, 128), (64, 128)),
+    *itertools.product(["vec16"], (torch.float32, torch.bfloat16), (16, 32, 128), (64, 80, 128)),
+    *itertools.product(["amx"], (torch.bfloat16, torch.float16), (32, 64, 128), (64, 80, 128)),
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype", "page_tokens", "head_dim"), PACKED)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_what_vllms_own_op_writes_becomes_plain_and_comes_back(
+    isa: str,
+    dtype: torch.dtype,
+    page_tokens: int,
+    head_dim: int,
+    tp_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed_by(isa, monkeypatch)
+    vllm_config, spec = config(dtype, head_dim, page_tokens)
+    order = page_order(vllm_config, spec)
+    is_vec = isa != "amx" or head_dim % 32
+    assert order.encoding == "plain"
+    assert order.packing == known_packings(page_tokens, head_dim)["vec" if is_vec else "amx"]
+    whole = BlockLayout(
+        num_layers=2, num_kv_heads=4, block_tokens=2 * page_tokens, head_dim=head_dim, itemsize=dtype.itemsize
+    )
+    shard = whole.shard(tp_size - 1, tp_size)
+    logical = (2, 5, shard.num_heads, page_tokens, 2 * head_dim)
+    layers = list(torch.zeros(logical, dtype=dtype).unbind(0))
+    staging = HostStaging(pages_array(layers[0]), page_layout(layers, whole, order), whole, shard)
+    write = writer(vllm_config, layers, isa)
+    round_trip(staging, layers, whole, shard, write)
+    assert not any(layer.any() for layer in layers), "the self-test leaves the cache as it was"
+    for wrong in ("vec", "amx", "bfmmla"):
+        packing = known_packings(page_tokens, head_dim).get(wrong)
+        if packing not in (None, order.packing):
+            other = page_layout(layers, whole, PageOrder("plain", "other", packing))
+            with pytest.raises(LayoutError, match="layer 0 lies in a block in an order"):
+                round_trip(
+                    HostStaging(pages_array(layers[0]), other, whole, shard), layers, whole, shard, write
+                )
+
+
+def test_pages_of_two_instruction_sets_and_sizes_make_the_same_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = BlockLayout(num_layers=1, num_kv_heads=2, block_tokens=128, head_dim=64, itemsize=2)
+    content = torch.randn(1, 2, 128, 128).to(torch.bfloat16)
+    arena, orders = np.zeros((4, whole.slot_bytes), np.uint8), set()
+    cases = [("vec16", 16), ("vec", 128), ("amx", 32), ("amx", 128)]
+    for slot, (isa, page_tokens) in enumerate(cases):
+        packed_by(isa, monkeypatch)
+        vllm_config, spec = config(torch.bfloat16, 64, page_tokens)
+        order = page_order(vllm_config, spec)
+        orders.add(order.order)
+        count = 128 // page_tokens
+        layers = [torch.zeros(count, 2, page_tokens, 128, dtype=torch.bfloat16)]
+        tokens = content.reshape(2, count, page_tokens, 128).permute(1, 0, 2, 3).contiguous()
+        writer(vllm_config, layers, isa)(0, 0, tokens.view(torch.uint8))
+        staging = HostStaging(
+            pages_array(layers[0]), page_layout(layers, whole, order), whole, whole.shard(0, 1)
+        )
+        staging.gather(np.arange(count, dtype=np.int32)[np.newaxis], np.array([slot]), arena)
+        assert np.array_equal(arena[slot, : whole.payload_bytes], content.view(torch.uint8).numpy().ravel())
+    assert len(orders) == len(cases), "handed over as they are, none of them fits another"
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e5m2"])
+def test_quantised_pages_stay_opaque_by_order_and_size(
+    cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for isa, page_tokens in (("vec", 32), ("vec", 64), ("amx", 32)):
+        packed_by(isa, monkeypatch)
+        found.append(page_order(*config(torch.bfloat16, 64, page_tokens, cache_dtype)))
+    assert all(order.packing is None and order.encoding.startswith("vllm-cpu-") for order in found)
+    assert len({order.encoding for order in found}) == len({order.order for order in found}) == 3
+
+
+def test_an_op_that_does_not_tell_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_by("nonsense", monkeypatch)
+    with pytest.raises(LayoutError, match="does not tell how it packs"):
+        page_order(*config(torch.bfloat16, 64, 32))
+
+
+def test_this_machines_pages_are_known() -> None:
+    for dtype, page_tokens in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (16, 32, 128)
+    ):
+        order = page_order(*config(dtype, 64, page_tokens))
+        assert order.encoding == "plain"
+        assert order.packing is not None
+
+
+def test_layers_that_something_else_writes_are_refused() -> None:
+    vllm_config, _ = config(torch.bfloat16, 64, 32)
+    vllm_config.compilation_config = SimpleNamespace(
+        static_forward_context={"a": SimpleNamespace(impl=object())}
+    )
+    with pytest.raises(LayoutError, match="layer a are written by object"):
+        token_writer(vllm_config, ["a"], [])  # type: ignore[arg-type]

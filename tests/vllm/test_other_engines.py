@@ -1,4 +1,4 @@
-"""What one engine left on disk is read by the next: after a restart, and with another tensor-parallel size."""
+"""What one engine left on disk is read by the next: after a restart, with another tensor-parallel or page size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from engine import Engine, Engines
 from first_life import FirstLife
-from prompts import PROMPTS, Prompt
+from prompts import BLOCK, PROMPTS, Prompt
 from reference import kvferry_hits, local_hits
 
 SOME = PROMPTS[:40]
@@ -53,3 +53,14 @@ def test_after_a_restart_the_disk_answers_bit_for_bit(second_life: Engine, first
     assert metrics["kvferry_evictions_total{tier=host}"] > 0, "the host tier held nearly nothing"
     assert metrics["kvferry_loaded_blocks_total{tier=disk}"] > 100
     second_life.settle()
+
+
+def test_pages_of_another_size_are_filled_with_the_same_blocks(
+    engines: Engines, tiny: Path, first_life: FirstLife, uncached: dict[Prompt, tuple[int, ...]]
+) -> None:
+    """Their kernel packs them otherwise: 32 tokens where the writer's had 128."""
+    config = _on_disk(first_life) | {"block_tokens": BLOCK}
+    small_pages = engines.start("small-pages", tiny, kvferry=config, block_size=BLOCK // 4)
+    for prompt, answer in kvferry_hits(small_pages, SOME).items():
+        assert answer.tokens == uncached[prompt][: len(answer.tokens)]
+    small_pages.settle()

@@ -33,6 +33,7 @@ __all__ = [
     "Scope",
     "content_digest",
     "epoch_fingerprint",
+    "pages_fingerprint",
     "root_key",
     "tenant_fingerprint",
 ]
@@ -83,8 +84,8 @@ class ModelIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Canonical JSON of the rotary-embedding parameters."""
     block_tokens: int
     page_encoding: str = "plain"
-    """``plain`` when a page holds tokens in order; otherwise the name of the engine's packing, so
-    that opaque pages are never mixed with pages packed in another way."""
+    """``plain`` when a block holds tokens in order, whatever its pages do; otherwise the name of the order
+    in which it was taken out of the engine's pages, so that blocks of two orders are never mixed."""
     format_version: int = FORMAT_VERSION
 
     def fingerprint(self) -> bytes:
@@ -121,6 +122,17 @@ def epoch_fingerprint(fingerprint: bytes, nonce: bytes) -> bytes:
         nonce: 32 random bytes, so that these blocks are shared with nobody, now or later.
     """
     return _digest([b"epoch", fingerprint, nonce])
+
+
+def pages_fingerprint(fingerprint: bytes, order: str) -> bytes:
+    """Return the fingerprint under which engines hand one another pages as they are.
+
+    Args:
+        fingerprint: What their blocks are keyed under.
+        order: Name of the order of elements within a page (``PageLayout.order``); empty for token after token,
+            which leaves the fingerprint as it is.
+    """
+    return _digest([b"pages", fingerprint, order.encode()]) if order else fingerprint
 
 
 def tenant_fingerprint(fingerprint: bytes, tenant: str) -> bytes:

@@ -16,7 +16,15 @@ import msgspec
 
 from kvferry.connector.errors import LayoutError
 
-__all__ = ["SLOT_ALIGNMENT_BYTES", "BlockLayout", "PageLayout", "Shard", "default_block_tokens"]
+__all__ = [
+    "SLOT_ALIGNMENT_BYTES",
+    "BlockLayout",
+    "ElementOrder",
+    "Packing",
+    "PageLayout",
+    "Shard",
+    "default_block_tokens",
+]
 
 SLOT_ALIGNMENT_BYTES = 4096
 """Slots start and end on this boundary, which O_DIRECT and page registration need."""
@@ -99,11 +107,52 @@ class BlockLayout(msgspec.Struct, frozen=True, kw_only=True):
         raise LayoutError(f"{heads} KV heads cannot be split over {tp_size} ranks")
 
 
-class PageLayout(msgspec.Struct, frozen=True, kw_only=True):
+class ElementOrder(msgspec.Struct, frozen=True):
+    """In which order the elements of one page's K (or V) of one head lie.
+
+    Its elements, as an array of ``shape`` (outermost first) whose axes are transposed to ``axes``, are those of
+    ``[page_tokens][head_dim]`` row by row. Axes before some point make up the tokens, those behind it the head's
+    dimension.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """The shape once transposed."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
+    def token_axes(self, page_tokens: int) -> int:
+        """Return how many of the transposed axes make up the tokens.
+
+        Raises:
+            LayoutError: The order is none of a page of so many tokens.
+        """
+        if sorted(self.axes) == list(range(len(self.shape))) and min(self.shape, default=0) > 0:
+            plain = self.plain_shape
+            for count in range(len(plain) + 1):
+                if math.prod(plain[:count]) == page_tokens:
+                    return count
+        raise LayoutError(f"{self} is no order of a page of {page_tokens} tokens")
+
+
+class Packing(msgspec.Struct, frozen=True):
+    """An engine's own order of elements within a (layer, page, head): all of K, then all of V, each in its order."""
+
+    k: ElementOrder
+    v: ElementOrder
+
+
+class PageLayout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one rank's engine pages lie in memory, as byte strides from one base address.
 
     The byte of (layer, page, head, token, k_or_v) is ``layer_offsets[layer] + page * page_stride +
     head * head_stride + token * token_stride + k_or_v * kv_stride``; ``head_dim`` elements follow.
+
+    Where ``order`` names another order of elements, that is true only of the (layer, page, head) as a whole: a dense
+    run of ``page_tokens * kv_factor * head_bytes`` bytes. Whoever copies such runs as they are may do so between
+    pages of equal ``order`` only.
     """
 
     num_pages: int
@@ -118,6 +167,10 @@ class PageLayout(msgspec.Struct, frozen=True, kw_only=True):
     head_stride: int
     token_stride: int
     kv_stride: int
+    packing: Packing | None = None
+    """How staging makes canonical bytes of a (layer, page, head), and the other way; None where it copies strides."""
+    order: str = ""
+    """Names the order of elements within a (layer, page, head): equal names, equal orders. Empty: token after token."""
 
     def extent_bytes(self) -> int:
         """Return the number of bytes from the base that the pages span."""
@@ -145,3 +198,18 @@ class PageLayout(msgspec.Struct, frozen=True, kw_only=True):
             raise LayoutError(
                 f"block_tokens {block.block_tokens} is not a multiple of the page's {self.page_tokens} tokens"
             )
+        if self.packing is not None:
+            self._check_packing(self.packing, block)
+
+    def _check_packing(self, packing: Packing, block: BlockLayout) -> None:
+        if self.kv_factor != 2 or (self.token_stride, self.kv_stride) != (
+            2 * self.head_bytes,
+            self.head_bytes,
+        ):
+            raise LayoutError("packed pages must keep the K and V of a head in one dense run")
+        for order in (packing.k, packing.v):
+            order.token_axes(self.page_tokens)
+            if math.prod(order.shape) != self.page_tokens * block.head_dim:
+                raise LayoutError(
+                    f"{order} is no order of {self.page_tokens} tokens of {block.head_dim} elements"
+                )

@@ -4,7 +4,8 @@ Two descriptions meet here: an engine's pages as byte strides (``PageLayout``) a
 (``BlockLayout``). Both are turned into numpy views once, at construction; a copy is then one
 ``np.copyto`` per page and group of evenly spaced layers, with no loop over layers, heads or tokens.
 Neighbouring dimensions that are contiguous on both sides are merged, and what remains contiguous is
-moved as one opaque element, so the innermost copy is as long as the two layouts allow.
+moved as one opaque element, so the innermost copy is as long as the two layouts allow. Pages that the engine packs
+in an order of its own are another matter (``packed``).
 
 A ``HostStaging`` holds no mutable state: threads may copy different blocks at the same time, and
 numpy releases the GIL while it copies.
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
+from kvferry.connector.packed import PackedPages
 
 __all__ = ["BatchBounds", "Bytes", "HostStaging", "PageIds", "SlotIds", "Staging"]
 
@@ -170,10 +172,9 @@ class HostStaging:
         _check_pages(pages, page_layout)
         self._bounds = BatchBounds.of(page_layout, block)
         self._page_step = page_layout.page_tokens * block.token_bytes
-        self._groups = [
-            _layer_group(pages, page_layout, block, shard, first, count)
-            for first, count in _even_runs(page_layout.layer_offsets)
-        ]
+        even = _even_runs(page_layout.layer_offsets)
+        self._packed = PackedPages(pages, page_layout, block, shard, even) if page_layout.packing else None
+        self._groups = [_layer_group(pages, page_layout, block, shard, *run) for run in even]
 
     @property
     def pages_per_block(self) -> int:
@@ -190,12 +191,18 @@ class HostStaging:
     def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy blocks out of the engine's pages into slots. Blocks until they are there."""
         self._bounds.check_gather(page_ids, slots, arena)
+        if self._packed is not None:
+            self._packed.gather(page_ids, slots, arena)
+            return
         for in_pages, in_slot in self._pairs(page_ids, slots, arena):
             np.copyto(in_slot, in_pages)
 
     def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy blocks out of slots into the engine's pages. Blocks until they are there."""
         self._bounds.check_scatter(page_ids, slots, arena)
+        if self._packed is not None:
+            self._packed.scatter(page_ids, slots, arena)
+            return
         for in_pages, in_slot in self._pairs(page_ids, slots, arena):
             np.copyto(in_pages, in_slot)
 

@@ -66,7 +66,8 @@ class PageStaging(Protocol):
     def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy page ``page_ids[i, 0]`` to the start of row ``slots[i]`` of ``arena``, for all i.
 
-        There it is ``[head][layer][token][k_or_v][head_dim]``.
+        There it is ``[head][layer][token][k_or_v][head_dim]``, where ``PageLayout.order`` names no other order of
+        what lies within a head and layer.
         """
 
     def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
@@ -81,7 +82,7 @@ class PageMemory:
         nbytes: Its length.
         device: ``cpu`` or ``cuda``.
         device_id: Which GPU; 0 for the CPU.
-        layout: Where each vector lies.
+        layout: Where each vector lies. Pages go as they are: what it says of ``packing`` is dropped.
         block: The model's canonical block.
         shard: Which heads this rank owns.
         stage: Makes a staging for a range of this rank's heads; its slots hold exactly those heads of one page.
@@ -106,7 +107,7 @@ class PageMemory:
         self.nbytes = nbytes
         self.device = device
         self.device_id = device_id
-        self.layout = layout
+        self.layout = msgspec.structs.replace(layout, packing=None)
         self.block = block
         self.shard = shard
         self.stage = stage
@@ -140,6 +141,11 @@ class RemotePages(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise LayoutError(
                 f"the peer's pages hold {self.layout.page_tokens} tokens, these {own.layout.page_tokens}; "
                 "give both engines the same block size"
+            )
+        if self.layout.order != own.layout.order or self.layout.packing is not None:
+            raise LayoutError(
+                f"the peer's pages hold their elements in {_order(self.layout)}, these in {_order(own.layout)}; "
+                "give both engines the same instruction set, block size and build"
             )
         self.layout.check(own.block, self.shard)
         first, end = self.shard.first_head, self.shard.first_head + self.shard.num_heads
@@ -225,6 +231,10 @@ class TransportType(msgspec.Struct, frozen=True):
     """One line for ``kvferry plugins``."""
     priority: int = 0
     """With ``auto`` the usable transport of the highest priority that both sides offer is used."""
+
+
+def _order(layout: PageLayout) -> str:
+    return f"the order {layout.order[:64]!r}" if layout.order else "the order of tokens"
 
 
 def narrow(layout: PageLayout, shard: Shard, heads: Heads) -> PageLayout:

@@ -214,6 +214,8 @@ def copy_geometry(page_layout: PageLayout, block: BlockLayout, shard: Shard) -> 
 
 
 def _check_range(layout: PageLayout, block: BlockLayout) -> None:
+    if layout.packing is not None:
+        raise LayoutError("kernels copy pages by strides and know no packing")
     strides = (layout.page_stride, layout.head_stride, layout.token_stride, layout.kv_stride)
     if min(*strides, *layout.layer_offsets) < 0:
         raise LayoutError(f"page strides and layer offsets must not be negative: {layout}")

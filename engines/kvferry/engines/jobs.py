@@ -137,6 +137,8 @@ class StepJobs:
     arena: ArenaHandle | None = None
     """What the copies are planned for; None while there is none, then every load and save fails."""
     layout: BlockLayout | None = None
+    page_encoding: str = "plain"
+    """What a block is keyed as (``keys.ModelIdentity``); ranks whose pages give other blocks copy nothing."""
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     fences: list[int] = field(default_factory=list)

@@ -3,11 +3,13 @@
 If kvferry's idea of the page layout were wrong in any way, every hit would feed the model wrong
 bytes without a word. So each worker proves it before the first request: pattern in through the
 engine's own logical view, gather, compare with the canonical block built independently, poison, scatter,
-compare with the pattern.
+compare with the pattern. Where the engine packs its pages and a block is not packed, the engine itself
+writes the pattern, token by token, and must find its pages again as it wrote them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,20 +22,31 @@ from kvferry.connector.staging import Bytes, Staging
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["round_trip"]
+__all__ = ["TokenWriter", "round_trip"]
+
+TokenWriter = Callable[[int, int, "torch.Tensor"], None]
+"""``write(layer, first_page, content)`` has the engine itself write tokens, ``content`` being the bytes
+``[pages, heads, tokens, content]`` of whole pages, K then V of each token."""
 
 
-def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout, shard: Shard) -> None:
+def round_trip(
+    staging: Staging,
+    layers: list[torch.Tensor],
+    block: BlockLayout,
+    shard: Shard,
+    write_tokens: TokenWriter | None = None,
+) -> None:
     """Prove that a block survives pages -> slot -> pages, and lies in the slot in canonical order.
 
     Uses the last pages of the cache and restores them. Call before the engine serves requests.
 
     Args:
         staging: What will move this rank's blocks.
-        layers: Each layer's cache ``[pages, heads, tokens, *content]``, in model order; of a token K comes before V.
-            however many axes it has.
+        layers: Each layer's cache ``[pages, heads, tokens, *content]``, in model order: of a token K, then V,
+            however many axes they have.
         block: The canonical block.
         shard: This rank's part of it.
+        write_tokens: Writes as the engine does, where its pages hold tokens in another order than blocks.
 
     Raises:
         LayoutError: Naming the first layer whose bytes differ.
@@ -51,11 +64,16 @@ def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout,
     saved = [view[pages[0] :].clone() for view in views]
     generator = torch.Generator().manual_seed(0x6B76)
     patterns = [torch.randint(0, 256, kept.shape, dtype=torch.uint8, generator=generator) for kept in saved]
+    if write_tokens is not None:
+        # A kernel may change a NaN: the highest bit of every exponent is 0.
+        itemsize = layers[0].element_size()
+        for pattern in patterns:
+            pattern[..., itemsize - 1 :: itemsize] &= 0xBF
     page_ids, slots = np.array([pages], np.int32), np.array([1])
     arena = Arena.create(2, block.slot_bytes)
     arena.slots_array[:] = 0x5A
     try:
-        _write(views, pages[0], patterns)
+        written = _write_tokens(views, pages[0], patterns, write_tokens)
         staging.wait(staging.mark())
         staging.gather(page_ids, slots, arena.slots_array)
         staging.finish()
@@ -64,14 +82,26 @@ def round_trip(staging: Staging, layers: list[torch.Tensor], block: BlockLayout,
         staging.wait(staging.mark())
         staging.scatter(page_ids, slots, arena.slots_array)
         staging.finish()
-        for index, (view, pattern) in enumerate(zip(views, patterns, strict=True)):
-            if not torch.equal(view[pages[0] :].cpu(), pattern):
+        for index, (view, expected) in enumerate(zip(views, written, strict=True)):
+            if not torch.equal(view[pages[0] :].cpu(), expected):
                 raise LayoutError(f"layer {index} does not get its bytes back from a block")
     finally:
         staging.finish()
         _write(views, pages[0], saved)
         staging.detach(arena.slots_array)
         arena.close()
+
+
+def _write_tokens(
+    views: list[torch.Tensor], first_page: int, patterns: list[torch.Tensor], write_tokens: TokenWriter | None
+) -> list[torch.Tensor]:
+    """Write tokens and return what the pages hold then."""
+    if write_tokens is None:
+        _write(views, first_page, patterns)
+        return patterns
+    for index, pattern in enumerate(patterns):
+        write_tokens(index, first_page, pattern)
+    return [view[first_page:].clone() for view in views]
 
 
 def _write(views: list[torch.Tensor], first_page: int, contents: list[torch.Tensor]) -> None:

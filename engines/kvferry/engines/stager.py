@@ -69,14 +69,21 @@ class Stager:
         shard: The rank's part of every block. A rank that only holds a replica loads but does not
             save.
         peers: Reads what loads want of other engines; without it such loads fail. Closed with the stager.
+        page_encoding: What blocks are that this rank makes of its pages; the scheduler's must be the same.
     """
 
     def __init__(
-        self, staging: Staging, layout: BlockLayout, shard: Shard, peers: PeerReads | None = None
+        self,
+        staging: Staging,
+        layout: BlockLayout,
+        shard: Shard,
+        peers: PeerReads | None = None,
+        page_encoding: str = "plain",
     ) -> None:
         self._staging = staging
         self._peers = peers
         self._layout = layout
+        self._page_encoding = page_encoding
         self._shard = shard
         self._arena: Arena | None = None
         """Of the jobs that are submitted now; the engine's thread's."""
@@ -170,6 +177,12 @@ class Stager:
             return
         if jobs.layout != self._layout:
             self.disable(f"rank {self._shard.rank} derived {self._layout}, the scheduler {jobs.layout}")
+            return
+        if jobs.page_encoding != self._page_encoding:
+            self.disable(
+                f"rank {self._shard.rank} makes {self._page_encoding!r} blocks of its pages, "
+                f"the scheduler's are {jobs.page_encoding!r}"
+            )
             return
         if time.monotonic() >= self._retry_at:
             self._attach(self._handle)

@@ -1,8 +1,9 @@
 """Digests of pages: what tells a reader that the bytes it got are the bytes that were there.
 
-One XXH3-64 for each page and head, over that head's canonical bytes ``[layer][token][k_or_v][head_dim]``, whatever the
-strides: so two ranks of different tensor-parallel sizes compare the heads they share. It catches broken transfers, not
-forgery: a peer that may hand over pages may hand over any.
+One XXH3-64 for each page and head, over that head's bytes ``[layer][token][k_or_v][head_dim]``, whatever the
+strides: so two ranks of different tensor-parallel sizes compare the heads they share. Where the engine packs pages in
+an order of its own (``PageLayout.order``) the bytes of a layer are taken as they lie, and so they are copied. It
+catches broken transfers, not forgery: a peer that may hand over pages may hand over any.
 
 Only for pages in host memory. Immutable once made; threads may digest at the same time, and most of the work is done
 without the GIL.

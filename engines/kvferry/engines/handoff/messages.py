@@ -77,7 +77,8 @@ class Hello(_Message, tag="hello"):
     """A reader's first message."""
 
     fingerprint: Digest
-    """What its blocks are keyed under: the model, and all else that must agree for KV to be interchangeable."""
+    """What its pages are exchanged under: the model, and all else that must agree for KV to be interchangeable, the
+    order inside a page too (``keys.pages_fingerprint``)."""
     reader: Name
     """What it calls itself, for logs."""
 

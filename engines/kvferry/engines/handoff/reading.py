@@ -26,6 +26,7 @@ import numpy as np
 
 from kvferry.connector.config import PeerConfig
 from kvferry.connector.errors import HandoffFailed, LayoutError
+from kvferry.connector.keys import pages_fingerprint
 from kvferry.connector.transport import (
     Heads,
     PageIds,
@@ -128,12 +129,13 @@ class PeerReads:
         return self._digester
 
     def call(self, where: tuple[str, int], fingerprint: bytes, deadline: float) -> PeerCaller:
-        """Connect to the side channel of a peer that serves the same model.
+        """Connect to the side channel of a peer that serves the same model from pages of the same order.
 
         Raises:
             HandoffFailed: ``unreachable``, ``refused``, ``incompatible`` or ``timeout``.
         """
-        return PeerCaller.connect(*where, self._context.token, fingerprint, self._context.name, deadline)
+        of_pages = pages_fingerprint(fingerprint, self._memory.layout.order)
+        return PeerCaller.connect(*where, self._context.token, of_pages, self._context.name, deadline)
 
     def connect(self, pages: RemotePages, deadline: float) -> PageReader:
         """Connect to a rank's memory, through the best transport that both sides have.

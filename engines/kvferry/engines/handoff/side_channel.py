@@ -142,7 +142,7 @@ class SideChannel:
         if hello.fingerprint != self._fingerprint:
             why = (
                 f"the reader's model is {hello.fingerprint[:4].hex()}, this engine's {self._fingerprint[:4].hex()}: "
-                "model, revision, KV dtype, block_tokens or kvferry's version differ"
+                "model, revision, KV dtype, block_tokens, the order inside a CPU's pages or kvferry's version differ"
             )
             _refuse(channel, "incompatible", why, deadline)
             raise WireError(why)

@@ -2,9 +2,8 @@
 
 Since vLLM 0.29 a layer's cache is a view ``[pages, heads, tokens, content]`` into one allocation, with K
 and V fused in ``content`` (``vllm/v1/kv_cache_layout.py``); its strides tell the physical order, so every
-order is served by one description. The CPU backend packs tokens inside a (page, head) for its
-instruction set, so there a (layer, page, head) is an opaque run and the packing is named in the
-fingerprint.
+order is served by one description. The CPU backend packs what lies inside a (page, head) for its
+instruction set; ``packing`` finds out how.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ import numpy.typing as npt
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, default_block_tokens
+from kvferry.engines.vllm.packing import PLAIN, PageOrder, page_order
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
-__all__ = ["attention_spec", "block_layout", "page_encoding", "page_layout", "pages_array", "unservable"]
+__all__ = ["attention_spec", "block_layout", "page_layout", "pages_array", "unservable"]
 
 
 def unservable(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
@@ -56,7 +56,13 @@ def unservable(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
             "draft models keep KV that a block key does not determine",
         ),
     ]
-    return next((reason for is_true, reason in reasons if is_true), "")
+    if reason := next((reason for is_true, reason in reasons if is_true), ""):
+        return reason
+    try:
+        page_order(vllm_config, attention_spec(kv_cache_config))
+    except LayoutError as error:
+        return str(error)
+    return ""
 
 
 def attention_spec(kv_cache_config: KVCacheConfig) -> AttentionSpec:
@@ -99,23 +105,6 @@ def block_layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_
     )
 
 
-def page_encoding(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """Name how tokens lie inside a page: ``plain``, or the CPU backend's packing.
-
-    Source: ``vllm/v1/attention/backends/cpu_attn.py``, which chooses the packing by instruction set.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return "plain"
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    spec = attention_spec(kv_cache_config)
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    isa = _get_attn_isa(model.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
-    return f"vllm-cpu-{isa}-{spec.block_size}"
-
-
 def pages_array(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     """Return the whole allocation behind a CPU tensor as bytes, without copying."""
     import torch
@@ -125,12 +114,13 @@ def pages_array(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
     return array
 
 
-def page_layout(layers: list[torch.Tensor], block: BlockLayout) -> PageLayout:
+def page_layout(layers: list[torch.Tensor], block: BlockLayout, order: PageOrder = PLAIN) -> PageLayout:
     """Describe one rank's pages by the strides of its layers' views, offsets from the allocation's start.
 
     Args:
         layers: Each layer's cache ``[pages, heads, tokens, content]``, in model order.
         block: The canonical block.
+        order: How elements lie inside a (layer, page, head).
 
     Raises:
         LayoutError: The layers are not views of one allocation with equal strides and dense content.
@@ -161,6 +151,8 @@ def page_layout(layers: list[torch.Tensor], block: BlockLayout) -> PageLayout:
         head_stride=head_stride,
         token_stride=token_stride,
         kv_stride=head_bytes,
+        packing=order.packing,
+        order=order.order,
     )
 
 

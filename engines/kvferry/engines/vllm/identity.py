@@ -17,7 +17,8 @@ from kvferry.engines.identity import (
     quantisation,
     rope_json,
 )
-from kvferry.engines.vllm.geometry import attention_spec, page_encoding
+from kvferry.engines.vllm.geometry import attention_spec
+from kvferry.engines.vllm.packing import page_order
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -37,7 +38,8 @@ def model_identity(
         ConfigError: The revision of the weights cannot be determined and none is configured.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    kv_dtype = _dtype_name(attention_spec(kv_cache_config).dtype)
+    spec = attention_spec(kv_cache_config)
+    kv_dtype = _dtype_name(spec.dtype)
     local = Path(model.model)
     declared = getattr(model.hf_config, "quantization_config", None)
     return ModelIdentity(
@@ -58,7 +60,7 @@ def model_identity(
         kv_factor=layout.kv_factor,
         rope=rope_json(model.hf_text_config.to_dict(), _ENGINE, model.max_model_len),
         block_tokens=layout.block_tokens,
-        page_encoding=page_encoding(vllm_config, kv_cache_config),
+        page_encoding=page_order(vllm_config, spec).encoding,
     )
 
 

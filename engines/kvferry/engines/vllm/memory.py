@@ -11,6 +11,7 @@ from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds
 from kvferry.connector.transport import Heads, PageMemory, PageStaging, narrow, page_block
 from kvferry.engines.vllm.geometry import page_layout, pages_array
 from kvferry.engines.vllm.gpu_pages import GpuPages
+from kvferry.engines.vllm.packing import PLAIN, PageOrder
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def page_memory(
-    layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard, gpu_pages: GpuPages | None
+    layers: list[torch.Tensor],
+    num_pages: int,
+    block: BlockLayout,
+    shard: Shard,
+    gpu_pages: GpuPages | None,
+    order: PageOrder = PLAIN,
 ) -> PageMemory:
     """Describe the allocation behind the layers' caches.
 
@@ -31,11 +37,13 @@ def page_memory(
         block: The canonical block.
         shard: This rank's part of it.
         gpu_pages: Stages them by ``kvferry.cuda``; without it torch copies pages that are on a GPU.
+        order: How elements lie inside a (layer, page, head). They are handed over as they lie, to pages of the same
+            order.
 
     Raises:
         LayoutError: The pages cannot be described, or the kernel splits them into smaller ones.
     """
-    layout = page_layout(layers, block)
+    layout = page_layout(layers, block, order._replace(packing=None))
     if layout.num_pages != num_pages:
         raise LayoutError(
             f"the attention kernel splits vLLM's {num_pages} pages into {layout.num_pages} smaller ones; "

@@ -17,7 +17,7 @@ import msgspec
 from kvferry.connector.choosing import open_service
 from kvferry.connector.coding import block_fingerprint
 from kvferry.connector.explain import RequestRecord, open_log
-from kvferry.connector.keys import BlockKey
+from kvferry.connector.keys import BlockKey, pages_fingerprint
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
 from kvferry.connector.transport import RemotePages
@@ -27,6 +27,7 @@ from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.session import EngineSessions
 from kvferry.engines.vllm.geometry import attention_spec, block_layout
 from kvferry.engines.vllm.identity import model_identity
+from kvferry.engines.vllm.packing import page_order
 from kvferry.engines.vllm.pages import PageTables
 from kvferry.engines.vllm.requests import RequestTranslator
 from kvferry.engines.vllm.stats import SchedulerStats
@@ -71,7 +72,7 @@ class SchedulerSide:
         self._commit_wait_s = config.peer.commit_wait_s
         layout = block_layout(vllm_config, kv_cache_config, config.block_tokens)
         identity = model_identity(vllm_config, kv_cache_config, layout, config)
-        self._model = identity.model
+        self._model, self._page_encoding = identity.model, identity.page_encoding
         self._engine = transfer.engine_id
         self._page_tokens = attention_spec(kv_cache_config).block_size
         self._is_in_step = False
@@ -103,7 +104,9 @@ class SchedulerSide:
             Handoffs(
                 config,
                 self._role,
-                fingerprint,
+                pages_fingerprint(
+                    fingerprint, page_order(vllm_config, attention_spec(kv_cache_config)).order
+                ),
                 self._engine,
                 kv_cache_config.num_blocks,
                 parallel.data_parallel_rank,
@@ -217,6 +220,7 @@ class SchedulerSide:
             self.stats.show_leases(len(table), table.held_pages)
             self.stats.show_expired(table.expired_count)
         jobs = self._sessions.take_jobs()
+        jobs.page_encoding = self._page_encoding
         if self._handoffs is not None:
             jobs.exports = self._handoffs.take_exports()
         return jobs

@@ -30,9 +30,10 @@ from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.roundtrip import round_trip
 from kvferry.engines.stager import Stager, StagerResults
 from kvferry.engines.vllm.affinity import unbound
-from kvferry.engines.vllm.geometry import block_layout, page_layout, pages_array
+from kvferry.engines.vllm.geometry import attention_spec, block_layout, page_layout, pages_array
 from kvferry.engines.vllm.gpu_pages import GpuPages
 from kvferry.engines.vllm.memory import page_memory
+from kvferry.engines.vllm.packing import PLAIN, PageOrder, page_order, token_writer
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,7 @@ class WorkerSide:
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: Settings, tp_rank: int
     ) -> None:
+        self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._config = settings.config
         self._layout = block_layout(vllm_config, kv_cache_config, settings.config.block_tokens)
@@ -74,12 +76,17 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take this rank's pages and prove that blocks survive the way through them."""
-        layers = [kv_caches[name] for name in self._kv_cache_config.kv_cache_groups[0].layer_names]
+        names = self._kv_cache_config.kv_cache_groups[0].layer_names
+        layers = [kv_caches[name] for name in names]
         try:
             num_pages, cuda = self._kv_cache_config.num_blocks, self._config.cuda
-            staging = _staging(layers, num_pages, self._layout, self._shard, cuda)
+            page_tokens = page_layout(layers, self._layout).page_tokens
+            order = page_order(self._vllm_config, attention_spec(self._kv_cache_config), page_tokens)
+            # Also where nothing is tested: layers that something else writes are refused.
+            write = token_writer(self._vllm_config, names, layers) if order.packing is not None else None
+            staging = _staging(layers, num_pages, self._layout, self._shard, cuda, order)
             if self._config.self_test:
-                round_trip(staging.kernel_pages, layers, self._layout, self._shard)
+                round_trip(staging.kernel_pages, layers, self._layout, self._shard, write)
         except KVFerryError as error:
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
             logger.error("kvferry is off on %s", self._problem)
@@ -89,16 +96,17 @@ class WorkerSide:
                 layers, self._layout, self._shard, cuda, staging.kernel_pages.path_name
             )
         with unbound():
-            self._stager = Stager(staging, self._layout, self._shard, self._open_handoffs(layers))
+            peers = self._open_handoffs(layers, order)
+            self._stager = Stager(staging, self._layout, self._shard, peers, order.encoding)
 
-    def _open_handoffs(self, layers: list[torch.Tensor]) -> PeerReads | None:
+    def _open_handoffs(self, layers: list[torch.Tensor], order: PageOrder) -> PeerReads | None:
         """Make this rank's pages readable for others, and others' for it, as far as the role goes."""
         peer = self._config.peer
         if not self._role.is_on(peer.enabled):
             return None
         try:
             num_pages = self._kv_cache_config.num_blocks
-            memory = page_memory(layers, num_pages, self._layout, self._shard, self._gpu_pages)
+            memory = page_memory(layers, num_pages, self._layout, self._shard, self._gpu_pages, order)
             transports = chosen(PluginRegistry(self._config.plugins), peer)
         except KVFerryError as error:
             logger.error("rank %d takes part in no handoff: %s", self._shard.rank, error)
@@ -195,9 +203,14 @@ class _ManagerPages:
 
 
 def _staging(
-    layers: list[torch.Tensor], num_pages: int, block: BlockLayout, shard: Shard, cuda: CudaConfig
+    layers: list[torch.Tensor],
+    num_pages: int,
+    block: BlockLayout,
+    shard: Shard,
+    cuda: CudaConfig,
+    order: PageOrder = PLAIN,
 ) -> _ManagerPages:
-    layout = page_layout(layers, block)
+    layout = page_layout(layers, block, order)
     ratio = layout.num_pages // num_pages
     if layers[0].device.type == "cpu":
         return _ManagerPages(HostStaging(pages_array(layers[0]), layout, block, shard), ratio)
