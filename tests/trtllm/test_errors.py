@@ -249,6 +249,9 @@ def test_a_forward_pass_fails_beside_an_async_load(
     timer.join()
     assert all(engine.outcomes[one].tokens == engine.expected(one) for one in others)
     engine.run_until(lambda: engine.allocator.available == options.num_pages)
+    settle(engine)
+    engine.allocator.evict(options.num_pages)
+    assert all(works(engine, prompt) for prompt in (PROMPT, PROMPT[::-1], list(range(200))))
 
 
 @pytest.mark.parametrize(

@@ -137,15 +137,21 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.allocator.evict(data.draw(st.integers(1, 96)))
 
     def _cancel(self, data: st.DataObject) -> None:
-        if requests := self._open():
-            self.engine.cancel(data.draw(st.sampled_from(requests)))
-            self._step(data)
+        for request_id in self._chosen(data):
+            self.engine.cancel(request_id)
+        self._step(data)
 
     def _replay(self, data: st.DataObject) -> None:
+        for request_id in self._chosen(data):
+            if self.engine.options.is_v2:
+                self.engine.replay(request_id)
+        self._step(data)
+
+    def _chosen(self, data: st.DataObject) -> list[int]:
+        """Return a request that is not over, or none. What is drawn may not hang on how fast copies are."""
+        drawn = data.draw(st.integers(0, 99))
         requests = self._open()
-        if requests and self.engine.options.is_v2:
-            self.engine.replay(data.draw(st.sampled_from(requests)))
-            self._step(data)
+        return [requests[drawn % len(requests)]] if requests else []
 
     def _slow_down(self, data: st.DataObject) -> None:
         seconds = data.draw(st.integers(1, 15)) / 1000
@@ -158,9 +164,9 @@ class EngineMachine(RuleBasedStateMachine):
         self._copies.spoil(data.draw(KINDS), data.draw(st.integers(1, 3)))
 
     def _fail_a_pass(self, data: st.DataObject) -> None:
+        hook = data.draw(st.sampled_from(["wait_for_layer_load", "save_kv_layer", "wait_for_save"]))
         if self._fails_next:
             return
-        hook = data.draw(st.sampled_from(["wait_for_layer_load", "save_kv_layer", "wait_for_save"]))
         worker = self.engine.workers[-1]
         self._fails_next = True
 

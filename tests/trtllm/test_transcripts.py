@@ -240,14 +240,15 @@ def test_i_short_honour(ferry: Ferry, ranks: int, overlap: bool, config: str, ho
 @every_load
 @every_rank_count
 @every_loop
-@pytest.mark.parametrize("chunk_tokens", [0, 8])
-def test_j_replay(ferry: Ferry, ranks: int, overlap: bool, config: str, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+def test_j_replay(ferry: Ferry, ranks: int, overlap: bool, config: str, is_warm: bool) -> None:
     line = Line("v2", True)
     # Pages that the engine takes are anybody's at once; what it says of itself is as usual.
-    played = options(line, ranks, overlap, chunk_tokens=chunk_tokens, reuse=False)
+    played = options(line, ranks, overlap, reuse=False)
     told = llm_args(options(line)).kv_cache_config
     engine = ferry.start(played, dialect=line.dialect, config=config, kv_cache_config=told)
-    ferry.fill(engine, PROMPT)
+    if is_warm:
+        ferry.fill(engine, PROMPT)
     ferry.copies.hold("save", *range(ranks))
     first, second = engine.submit(PROMPT, 6), engine.submit(PROMPT[::-1], 6)
     engine.run_until(lambda: engine.sequences[first].sampled >= 2)
