@@ -24,6 +24,8 @@ WRITER = Path(__file__).with_name("writer.py")
 BLOCKS = 30
 CAPACITY = capacity_for(BLOCKS)
 KILLS = 120
+EARLY_KILLS = 10
+"""At least so many while the tier is being opened."""
 DEADLINE_S = 30.0
 
 
@@ -119,17 +121,16 @@ def test_a_writer_killed_at_random_points_leaves_whole_blocks_and_no_leak(
     rng = random.Random(20261123)
     held: list[int] = []
     early = 0
-    for number in range(KILLS):
-        nursery.start(tmp_path / "cache", f"random {number}")
+    while len(held) < KILLS or early < EARLY_KILLS:
+        assert len(held) < 10 * KILLS, f"only {early} kills while the tier was being opened"
+        nursery.start(tmp_path / "cache", f"random {len(held)}")
         is_early = rng.random() < 0.25
         if not is_early:
             nursery.read_until("stored")
         time.sleep(rng.uniform(0, 0.02) if is_early else rng.expovariate(1 / 0.03))
         early += "stored" not in nursery.kill() and is_early
         held.append(len(assert_recovers(tmp_path / "cache")))
-    assert len(held) == KILLS >= 100
     assert max(held) == BLOCKS
-    assert early >= 10, "too few kills while the tier was being opened"
 
 
 STEPS_WHILE_NEW = [
