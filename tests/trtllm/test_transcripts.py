@@ -276,3 +276,17 @@ def test_k_before_anything_is_bound(ferry: Ferry, line: Line, ranks: int) -> Non
     assert ferry.copies.counts == {"load": ranks, "save": ranks}, "only the self-test copies"
     engine.step()
     assert engine.answer(PROMPT) == engine.expected(1)
+
+
+@every_line
+def test_what_is_saved_is_committed_when_the_engine_is_idle(ferry: Ferry, line: Line) -> None:
+    """An idle engine polls no more: the leader's rank answers last."""
+    engine = start(ferry, line, options(line, 2), CONFIG)
+    ferry.copies.hold("save", 1)
+    request = engine.submit(PROMPT, 4)
+    engine.run_until(lambda: request in engine.outcomes)
+    for _ in range(3):
+        engine.step()
+    ferry.copies.release("save")
+    engine.run()
+    assert not engine.leader._side.is_touched(str(request))

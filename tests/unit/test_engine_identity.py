@@ -16,6 +16,7 @@ from kvferry.engines.identity import checkpoint_name, checkpoint_revision, quant
 from kvferry.engines.trtllm import identity as trtllm
 from kvferry.engines.trtllm.geometry import block_layout
 from kvferry.engines.vllm import identity as vllm
+from kvferry.engines.vllm.packing import PLAIN
 
 RAW: dict[str, object] = {
     "num_hidden_layers": 2,
@@ -87,7 +88,7 @@ def of_vllm(
     dtype = changes.get("kv_dtype", "torch.bfloat16")
     spec = SimpleNamespace(dtype=dtype)
     cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
-    monkeypatch.setattr(vllm, "page_encoding", lambda *_: "plain")  # vLLM is asked for its platform
+    monkeypatch.setattr(vllm, "page_order", lambda *_: PLAIN)  # vLLM is asked for its platform
     layout = block_layout(SimpleNamespace(model=str(folder)), config.block_tokens)
     return vllm.model_identity(engine, cache, layout, config)  # type: ignore[arg-type]
 
