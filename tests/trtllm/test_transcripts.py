@@ -142,12 +142,15 @@ def test_c_warm_async(ferry: Ferry, line: Line, ranks: int, overlap: bool) -> No
 
 
 @every_line
+@every_rank_count
 @pytest.mark.parametrize("is_batched", [False, True], ids=["interleaved", "batched"])
 @every_loop
-def test_e_a_batch_of_cold_sync_and_async(ferry: Ferry, line: Line, is_batched: bool, overlap: bool) -> None:
+def test_e_a_batch_of_cold_sync_and_async(
+    ferry: Ferry, line: Line, ranks: int, is_batched: bool, overlap: bool
+) -> None:
     config = CONFIG.replace("[trtllm.", f"[trtllm]\nsync_bytes = {8 * TOKEN_BYTES}\n[trtllm.")
     short, long = list(range(200, 210)), list(range(300, 314))
-    engine = start(ferry, line, options(line, overlap=overlap, is_batched=is_batched), config, short)
+    engine = start(ferry, line, options(line, ranks, overlap, is_batched=is_batched), config, short)
     ferry.fill(engine, long)
     requests = [engine.submit(prompt) for prompt in (PROMPT[:6], short, long)]
     engine.step()
