@@ -20,6 +20,7 @@ from hypothesis import Phase as Phases
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from standin.executor import Engine
+from standin.failures import ContractBroken
 from standin.interface import Dialect
 from standin.model import Scope
 from standin.options import EngineOptions
@@ -61,6 +62,8 @@ class EngineMachine(RuleBasedStateMachine):
         self._ferry = Ferry(self._folder, self._monkeypatch)
         self._copies = self._ferry.copies
         self._fails_next = False
+        self._history: list[str] = []
+        self._has_failed = False
 
     @initialize(
         line=st.sampled_from(LINES),
@@ -115,7 +118,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data(), turn=st.sampled_from(TURNS))
     def turn(self, data: st.DataObject, turn: str) -> None:
         """One rule for all turns: of several, hypothesis leaves some out of most runs."""
-        getattr(self, f"_{turn}")(data)
+        self._history.append(turn)
+        try:
+            getattr(self, f"_{turn}")(data)
+        except (ContractBroken, AssertionError) as error:
+            # Threads don't fail twice in the same way: what hypothesis tells after another run may be of no use.
+            self._has_failed = True
+            print(f"{error}\n{self.engine.options}\n{self._history}\n{self.engine.transcript.tail()}")
+            raise
 
     def _submit(self, data: st.DataObject) -> None:
         family = data.draw(st.sampled_from(FAMILIES))
@@ -179,7 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if hasattr(self, "engine") and self.engine.died is None:
+            if hasattr(self, "engine") and self.engine.died is None and not self._has_failed:
                 self._end()
         finally:
             self._ferry.close()

@@ -376,6 +376,20 @@ def test_pages_that_are_given_to_others_are_written_to_the_end_before(rank: Rank
     assert rank.poll(loading=[7]) == ([], [7])
 
 
+def test_a_load_that_is_tried_again_is_through_before_others_write_its_pages(
+    make: Callable[..., Rank],
+) -> None:
+    rank = make(deadline_s=DEADLINE_S)
+    rank.arena.slots_array[2] = 0x22
+    rank.step(load("7", generation=4))
+    rank.poll_for(lambda: rank.worker._loads["7"].retry_at is not None)
+    rank.arena.set_generation(1, 4)
+    after = LoadJob("8", (BlockCopy(2, GENERATION, 0, (0, 1)),))
+    rank.step(after, awaited_loads=("7",))
+    rank.poll_for(lambda: sorted(rank.loaded) == ["7", "8"])
+    assert (rank.pages.content == 0x22).all()
+
+
 def test_a_rank_that_failed_gives_up_its_saves_and_keeps_its_loads(rank: Rank) -> None:
     rank.step(load(), save(1), forward=False)
     rank.worker.fail("an internal error")

@@ -40,7 +40,7 @@ class OpenSaves:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._saves: dict[int, Save] = {}
-        self._by_page: dict[int, int] = {}
+        self._by_page: dict[int, set[int]] = {}
         self._next_id = 1
 
     def __len__(self) -> int:
@@ -51,14 +51,15 @@ class OpenSaves:
         save = Save(self._next_id, request_id, reservation, frozenset(pages))
         self._next_id += 1
         self._saves[save.id] = save
-        self._by_page.update(dict.fromkeys(save.pages, save.id))
+        for page in save.pages:
+            self._by_page.setdefault(page, set()).add(save.id)
         return save.id
 
     def reading(self, pages: Iterable[int]) -> set[int]:
         """Return the saves that still read any of these pages."""
         if not self._by_page:
             return set()
-        return {self._by_page[page] for page in pages if page in self._by_page}
+        return {save_id for page in pages for save_id in self._by_page.get(page, ())}
 
     def is_reading(self, request_id: str) -> bool:
         """Tell whether a save of a request is under way."""
@@ -86,5 +87,7 @@ class OpenSaves:
     def _end(self, save: Save) -> None:
         del self._saves[save.id]
         for page in save.pages:
-            if self._by_page.get(page) == save.id:
+            readers = self._by_page[page]
+            readers.discard(save.id)
+            if not readers:
                 del self._by_page[page]

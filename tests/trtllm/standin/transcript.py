@@ -65,3 +65,10 @@ class Transcript:
             if call.rank in (None, rank):
                 found[call.name] = found.get(call.name, 0) + 1
         return found
+
+    def tail(self, count: int = 300) -> str:
+        """Return the last calls, a line each, but those of turns in which nothing was asked or answered."""
+        told = [
+            call for call in self.calls if call.name != "get_finished" or any((*call.arguments, *call.answer))
+        ]
+        return "\n".join(map(str, told[-count:]))

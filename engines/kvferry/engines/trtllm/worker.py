@@ -62,8 +62,6 @@ class _OpenLoad:
     """When to try again, if the last attempt has failed."""
     is_reported: bool = False
     """Whether the leader was told that it failed."""
-    is_awaited: bool = False
-    """Whether others read or write its pages from this step on."""
 
 
 class WorkerSide:
@@ -159,17 +157,17 @@ class WorkerSide:
         """
         plans, self._unstarted = self._unstarted, []
         for plan in plans:
+            # Loads whose pages others have now come first and to their end: what fails is tried again later, and
+            # would be on top of what the others wrote.
+            self._await_loads(plan.awaited_loads)
             if self._stager is not None:
                 self._stager.fence(plan.jobs.fences)
             with self._following(stream):
-                self._submit_loads(plan)
-            for request_id in plan.awaited_loads:
-                if request_id in self._loads:
-                    self._loads[request_id].is_awaited = True
+                self._submit_loads(plan, is_awaited=True)
+                self._await_loads(plan.awaited_loads)
+                self._submit_loads(plan, is_awaited=False)
         for plan in plans:
-            for load in plan.jobs.loads:
-                self._check(self._loads[load.request_id], "it cannot be had any more")
-        self._await_loads()
+            self._await_loads(plan.sync_loads)
 
     def save(self, stream: object) -> None:
         """Submit the saves of the step whose forward pass is queued on ``stream``. Waits for them only if somebody is
@@ -250,25 +248,28 @@ class WorkerSide:
         if self._reporter is not None:
             self._reporter.close()
 
-    def _submit_loads(self, plan: StepPlan) -> None:
+    def _submit_loads(self, plan: StepPlan, *, is_awaited: bool) -> None:
+        """Submit those of a plan's loads that it waits for, or the others."""
         now = time.monotonic()
-        for load in plan.jobs.loads:
+        loads = [load for load in plan.jobs.loads if (load.request_id in plan.awaited_loads) is is_awaited]
+        for load in loads:
             self._loaded.discard(load.request_id)
             is_sync = load.request_id in plan.sync_loads
             self._loads[load.request_id] = _OpenLoad(load, plan.jobs, is_sync, now)
         if self._stager is not None:
-            possible = [load for load in plan.jobs.loads if load.copies]
-            self._stager.submit_loads(_jobs(plan.jobs, possible))
+            self._stager.submit_loads(_jobs(plan.jobs, [load for load in loads if load.copies]))
+        for load in loads:
+            self._check(self._loads[load.request_id], "it cannot be had any more")
 
-    def _await_loads(self) -> None:
+    def _await_loads(self, request_ids: Sequence[str]) -> None:
+        """Wait until none of these loads is under way."""
         deadline = time.monotonic() + _STUCK_S
-        while any(load.is_sync or load.is_awaited for load in self._loads.values()):
+        while late := [request_id for request_id in request_ids if request_id in self._loads]:
             self._collect()
-            late = [load for load in self._loads.values() if load.is_sync or load.is_awaited]
+            late = [request_id for request_id in late if request_id in self._loads]
             if late and time.monotonic() >= deadline:
                 # Not reported: the lease must last as long as the copy may.
-                request_id = late[0].job.request_id
-                raise LoadFailed(self._shard.rank, request_id, f"it was not over after {_STUCK_S:g} s")
+                raise LoadFailed(self._shard.rank, late[0], f"it was not over after {_STUCK_S:g} s")
             if late:
                 time.sleep(_POLL_S)
 
