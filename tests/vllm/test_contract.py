@@ -131,7 +131,6 @@ def test_every_full_block_of_a_prompt_comes_back(engine: AnyEngine) -> None:
 
 def test_what_the_engine_holds_itself_is_not_brought(engine: AnyEngine) -> None:
     engine.ask(WHOLE, "second")
-    engine.settle()
     reply = engine.ask(WHOLE, "second")
     assert reply.is_right
     assert reply.brought == 0
@@ -153,7 +152,8 @@ def test_what_is_held_and_what_is_brought_make_one_prompt(engine: AnyEngine) -> 
     engine.ask(PARENT, "fourth")
     reply = engine.ask(CHILD, "fourth")
     assert reply.is_right
-    assert (reply.local, reply.brought) == (BLOCK, matched(CHILD) - BLOCK)
+    assert reply.local >= BLOCK, "as far as the engine's own pages go"
+    assert reply.brought == matched(CHILD) - reply.local > 0
 
 
 def test_nobody_finds_what_another_salt_keys(engine: AnyEngine) -> None:
