@@ -16,15 +16,14 @@ Immutable once made: threads may copy different blocks at the same time, and num
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.connector.layout import BlockLayout, ElementOrder, PageLayout, Shard
+from kvferry.connector.layout import ElementOrder, PageLayout
 
-__all__ = ["PackedPages", "PackedRuns"]
+__all__ = ["PackedRuns"]
 
 _Array = npt.NDArray[Any]
 _Bytes = npt.NDArray[np.uint8]
@@ -124,84 +123,6 @@ class PackedRuns:
         """Copy runs into the engine's order: as ``unpack``, the other way."""
         for index, half in enumerate(self._halves):
             half.pack(plain[..., index, :], packed[..., index, :])
-
-
-class _Group(NamedTuple):
-    """Evenly spaced layers, copied together."""
-
-    pages: _Bytes
-    """The engine's memory as ``[page, head, layer, k_or_v, half_bytes]``."""
-    slot_offset: int
-    """Byte of a slot at which the group's first page begins."""
-
-
-class PackedPages:
-    """Copies one rank's shard of blocks between packed pages and slots.
-
-    Args:
-        pages: The engine's KV memory, 1-D uint8, at least as long as ``layout`` spans.
-        layout: Where in ``pages`` every run lies, and in which order its elements.
-        block: The canonical block; it and the shard fit the layout.
-        shard: Which heads of the block this rank owns.
-        even_layers: The layers as (first, count) whose offsets are evenly spaced.
-    """
-
-    def __init__(
-        self,
-        pages: _Bytes,
-        layout: PageLayout,
-        block: BlockLayout,
-        shard: Shard,
-        even_layers: Sequence[tuple[int, int]],
-    ) -> None:
-        self._runs = PackedRuns(layout)
-        self._page_step = layout.page_tokens * block.token_bytes
-        half_bytes = layout.page_tokens * layout.head_bytes
-        self._shape = (layout.page_tokens, 2, layout.head_bytes)
-        self._slot_strides = (
-            block.num_layers * block.run_bytes,
-            block.run_bytes,
-            block.token_bytes,
-            layout.head_bytes,
-            1,
-        )
-        self._groups = []
-        for first, count in even_layers:
-            offset = layout.layer_offsets[first]
-            layer_stride = layout.layer_offsets[first + 1] - offset if count > 1 else 0
-            in_pages: _Bytes = np.ndarray(
-                (layout.num_pages, layout.num_heads, count, 2, half_bytes),
-                np.uint8,
-                pages,
-                offset,
-                (layout.page_stride, layout.head_stride, layer_stride, half_bytes, 1),
-            )
-            slot_offset = (shard.first_head * block.num_layers + first) * block.run_bytes
-            self._groups.append(_Group(in_pages, slot_offset))
-
-    def gather(self, page_ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], arena: _Bytes) -> None:
-        """Copy a checked batch out of the pages, in canonical order."""
-        for in_pages, in_slot in self._pairs(page_ids, slots, arena):
-            self._runs.unpack(in_pages, in_slot)
-
-    def scatter(self, page_ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], arena: _Bytes) -> None:
-        """Copy a checked batch into the pages, in the engine's order."""
-        for in_pages, in_slot in self._pairs(page_ids, slots, arena):
-            self._runs.pack(in_slot, in_pages)
-
-    def _pairs(
-        self, page_ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int64], arena: _Bytes
-    ) -> Iterator[tuple[_Bytes, _Bytes]]:
-        """Yield the same runs in the engine's memory and in a slot, a page of a group of layers at a time."""
-        rows, indices = np.nonzero(page_ids >= 0)
-        pages = page_ids[rows, indices].tolist()
-        offsets = (slots[rows] * arena.shape[1] + indices * self._page_step).tolist()
-        for group in self._groups:
-            shape = (*group.pages.shape[1:3], *self._shape)
-            for page, offset in zip(pages, offsets, strict=True):
-                at = offset + group.slot_offset
-                in_slot: _Bytes = np.ndarray(shape, np.uint8, arena, at, self._slot_strides)
-                yield group.pages[page], in_slot
 
 
 def _opaque(nbytes: int) -> np.dtype[Any]:

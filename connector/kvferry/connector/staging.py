@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.connector.packed import PackedPages
+from kvferry.connector.packed import PackedRuns
 
 __all__ = ["BatchBounds", "Bytes", "HostStaging", "PageIds", "SlotIds", "Staging"]
 
@@ -41,11 +41,12 @@ class _Dim(NamedTuple):
 class _LayerGroup(NamedTuple):
     """Evenly spaced layers, copied together."""
 
-    pages: npt.NDArray[np.void]
-    """The engine's memory as ``[page, *shape]``."""
+    pages: npt.NDArray[Any]
+    """The engine's memory as ``[page, *shape]``; of packed pages as ``[page, head, layer, k_or_v, half_bytes]``."""
     slot_offset: int
     """Byte of a slot at which the group's first page begins."""
     shape: tuple[int, ...]
+    """Of one page in a slot."""
     slot_strides: tuple[int, ...]
 
 
@@ -151,6 +152,16 @@ def _check_distinct(what: str, ids: PageIds | SlotIds) -> None:
             raise LayoutError(f"{what} {twice[0]} is written twice by one batch")
 
 
+class _PlainRuns:
+    """Copies what lies in the same order on both sides; see ``PackedRuns`` for what does not."""
+
+    def unpack(self, in_pages: npt.NDArray[Any], in_slot: npt.NDArray[Any]) -> None:
+        np.copyto(in_slot, in_pages)
+
+    def pack(self, in_slot: npt.NDArray[Any], in_pages: npt.NDArray[Any]) -> None:
+        np.copyto(in_pages, in_slot)
+
+
 class HostStaging:
     """Copies one rank's shard of blocks between engine pages in host memory and arena slots: see ``Staging``.
 
@@ -172,9 +183,10 @@ class HostStaging:
         _check_pages(pages, page_layout)
         self._bounds = BatchBounds.of(page_layout, block)
         self._page_step = page_layout.page_tokens * block.token_bytes
+        self._runs = PackedRuns(page_layout) if page_layout.packing else _PlainRuns()
+        group = _packed_group if page_layout.packing else _layer_group
         even = _even_runs(page_layout.layer_offsets)
-        self._packed = PackedPages(pages, page_layout, block, shard, even) if page_layout.packing else None
-        self._groups = [_layer_group(pages, page_layout, block, shard, *run) for run in even]
+        self._groups = [group(pages, page_layout, block, shard, *run) for run in even]
 
     @property
     def pages_per_block(self) -> int:
@@ -191,20 +203,14 @@ class HostStaging:
     def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy blocks out of the engine's pages into slots. Blocks until they are there."""
         self._bounds.check_gather(page_ids, slots, arena)
-        if self._packed is not None:
-            self._packed.gather(page_ids, slots, arena)
-            return
         for in_pages, in_slot in self._pairs(page_ids, slots, arena):
-            np.copyto(in_slot, in_pages)
+            self._runs.unpack(in_pages, in_slot)
 
     def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy blocks out of slots into the engine's pages. Blocks until they are there."""
         self._bounds.check_scatter(page_ids, slots, arena)
-        if self._packed is not None:
-            self._packed.scatter(page_ids, slots, arena)
-            return
         for in_pages, in_slot in self._pairs(page_ids, slots, arena):
-            np.copyto(in_pages, in_slot)
+            self._runs.pack(in_slot, in_pages)
 
     def finish(self) -> None:
         """Return at once."""
@@ -217,7 +223,7 @@ class HostStaging:
 
     def _pairs(
         self, page_ids: PageIds, slots: SlotIds, arena: Bytes
-    ) -> Iterator[tuple[npt.NDArray[np.void], npt.NDArray[np.void]]]:
+    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         """Yield the same bytes in the engine's memory and in a slot, a page of a group of layers at a time."""
         rows, indices = np.nonzero(page_ids >= 0)
         pages = page_ids[rows, indices].tolist()
@@ -226,9 +232,7 @@ class HostStaging:
             element = group.pages.dtype
             for page, offset in zip(pages, offsets, strict=True):
                 at = offset + group.slot_offset
-                in_slot: npt.NDArray[np.void] = np.ndarray(
-                    group.shape, element, arena, at, group.slot_strides
-                )
+                in_slot: npt.NDArray[Any] = np.ndarray(group.shape, element, arena, at, group.slot_strides)
                 yield group.pages[page, ...], in_slot
 
 
@@ -264,12 +268,10 @@ def _even_runs(offsets: Sequence[int]) -> list[tuple[int, int]]:
 def _layer_group(
     pages: Bytes, layout: PageLayout, block: BlockLayout, shard: Shard, first: int, count: int
 ) -> _LayerGroup:
-    offset = layout.layer_offsets[first]
-    layer_stride = layout.layer_offsets[first + 1] - offset if count > 1 else 0
     *outer, run = _merge(
         [
             _Dim(layout.num_heads, layout.head_stride, block.num_layers * block.run_bytes),
-            _Dim(count, layer_stride, block.run_bytes),
+            _Dim(count, _layer_stride(layout, first, count), block.run_bytes),
             _Dim(layout.page_tokens, layout.token_stride, block.token_bytes),
             _Dim(layout.kv_factor, layout.kv_stride, layout.head_bytes),
             _Dim(layout.head_bytes, 1, 1),
@@ -282,13 +284,51 @@ def _layer_group(
             (layout.num_pages, *shape),
             element,
             buffer=pages,
-            offset=offset,
+            offset=layout.layer_offsets[first],
             strides=(layout.page_stride, *(dim.page_stride for dim in outer)),
         ),
-        slot_offset=(shard.first_head * block.num_layers + first) * block.run_bytes,
+        slot_offset=_slot_offset(block, shard, first),
         shape=shape,
         slot_strides=tuple(dim.slot_stride for dim in outer),
     )
+
+
+def _packed_group(
+    pages: Bytes, layout: PageLayout, block: BlockLayout, shard: Shard, first: int, count: int
+) -> _LayerGroup:
+    half_bytes = layout.page_tokens * layout.head_bytes
+    return _LayerGroup(
+        pages=np.ndarray(
+            (layout.num_pages, layout.num_heads, count, 2, half_bytes),
+            np.uint8,
+            buffer=pages,
+            offset=layout.layer_offsets[first],
+            strides=(
+                layout.page_stride,
+                layout.head_stride,
+                _layer_stride(layout, first, count),
+                half_bytes,
+                1,
+            ),
+        ),
+        slot_offset=_slot_offset(block, shard, first),
+        shape=(layout.num_heads, count, layout.page_tokens, 2, layout.head_bytes),
+        slot_strides=(
+            block.num_layers * block.run_bytes,
+            block.run_bytes,
+            block.token_bytes,
+            layout.head_bytes,
+            1,
+        ),
+    )
+
+
+def _layer_stride(layout: PageLayout, first: int, count: int) -> int:
+    return layout.layer_offsets[first + 1] - layout.layer_offsets[first] if count > 1 else 0
+
+
+def _slot_offset(block: BlockLayout, shard: Shard, first_layer: int) -> int:
+    return (shard.first_head * block.num_layers + first_layer) * block.run_bytes
 
 
 def _merge(dims: Sequence[_Dim]) -> list[_Dim]:
