@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from kvferry.connector.config import Config
 from kvferry.connector.errors import KVFerryError, LayoutError
 from kvferry.engines.trtllm.compat import installed, interface, mpi_rank
+from kvferry.engines.trtllm.geometry import tp_size
 from kvferry.engines.trtllm.options import load_config
 from kvferry.engines.trtllm.plan import StepPlan
 from kvferry.engines.trtllm.refusals import cautions, unservable
@@ -142,8 +143,7 @@ class KVFerryWorker(_interface.KvCacheConnectorWorker):  # type: ignore[misc]
             config, reason = _servable(llm_args)
             if reason:
                 return
-            tp_size = int(getattr(llm_args, "tensor_parallel_size", None) or 1)
-            self._side = WorkerSide(llm_args, config, self._rank, tp_size)
+            self._side = WorkerSide(llm_args, config, self._rank, tp_size(llm_args))
         except KVFerryError as error:
             logger.error("kvferry cannot start in rank %d: %s", self._rank, error)
             raise

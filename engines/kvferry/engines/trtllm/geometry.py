@@ -21,6 +21,7 @@ from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard, default_block_tokens
 
 __all__ = [
+    "KV_QUANTISATION",
     "CacheLayout",
     "block_layout",
     "cache_layout",
@@ -29,7 +30,9 @@ __all__ = [
     "compute_dtype",
     "page_tokens",
     "pool_layout",
+    "quantised",
     "text_config",
+    "tp_size",
 ]
 
 _PAGE_TOKENS = 32
@@ -46,6 +49,8 @@ _DTYPES = {
 _WIDE = {"half": "float16", "bf16": "bfloat16", "float": "float32"}
 _WIDE |= {name: name for name in ("float16", "bfloat16", "float32")}
 """Names, torch's and the engine's, of element types that are more than a byte."""
+KV_QUANTISATION = "kv_cache_quant_algo"
+"""How the KV cache is quantised, in the engine's arguments and in a quantised checkpoint."""
 _MOST_CONFIG_BYTES = 16 << 20
 _KEY, _VALUE = "key", "value"
 
@@ -103,6 +108,22 @@ def page_tokens(llm_args: object) -> int:
     """Return the tokens of one of the engine's pages."""
     cache = getattr(llm_args, "kv_cache_config", None)
     return int(getattr(cache, "tokens_per_block", None) or _PAGE_TOKENS)
+
+
+def tp_size(llm_args: object) -> int:
+    """Return how many tensor-parallel ranks the engine has."""
+    return int(getattr(llm_args, "tensor_parallel_size", None) or 1)
+
+
+def quantised(llm_args: object, what: str) -> str | None:
+    """Return how the engine was asked to quantise something; None if it was not.
+
+    Args:
+        llm_args: The engine's arguments.
+        what: A field of their ``quant_config``.
+    """
+    method = getattr(getattr(llm_args, "quant_config", None), what, None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def compute_dtype(llm_args: object, config: Mapping[str, Any]) -> str:
@@ -316,14 +337,11 @@ def _heads(text: Mapping[str, Any]) -> tuple[int, int, int]:
 def _dtype(llm_args: object, folder: Path, config: Mapping[str, Any]) -> tuple[str, int]:
     """Return the KV cache's element type and size: as configured, else as quantised, else the model's."""
     wanted = str(getattr(getattr(llm_args, "kv_cache_config", None), "dtype", None) or "auto")
-    quantised = getattr(getattr(llm_args, "quant_config", None), "kv_cache_quant_algo", None)
-    if quantised is None:
-        quantised = (
-            checkpoint_config(folder, "hf_quant_config.json")
-            .get("quantization", {})
-            .get("kv_cache_quant_algo")
-        )
-    name = wanted if wanted != "auto" else str(getattr(quantised, "value", quantised) or "")
+    method = quantised(llm_args, KV_QUANTISATION)
+    if method is None:
+        declared = checkpoint_config(folder, "hf_quant_config.json").get("quantization", {})
+        method = str(declared.get(KV_QUANTISATION) or "")
+    name = wanted if wanted != "auto" else method
     name = (name or compute_dtype(llm_args, config)).lower().removeprefix("torch.")
     if name not in _DTYPES:
         raise LayoutError(f"a KV cache of {name} is not supported; it may be {', '.join(sorted(_DTYPES))}")

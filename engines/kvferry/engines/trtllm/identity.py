@@ -23,7 +23,13 @@ from kvferry.engines.identity import (
     quantisation,
     rope_json,
 )
-from kvferry.engines.trtllm.geometry import checkpoint_config, checkpoint_folder, compute_dtype, text_config
+from kvferry.engines.trtllm.geometry import (
+    checkpoint_config,
+    checkpoint_folder,
+    compute_dtype,
+    quantised,
+    text_config,
+)
 
 __all__ = ["adapters", "model_identity"]
 
@@ -52,7 +58,7 @@ def model_identity(llm_args: object, layout: BlockLayout, config: Config) -> Mod
         quantisation=quantisation(
             _ENGINE,
             checkpoint.get("quantization_config") or checkpoint_config(folder, "hf_quant_config.json"),
-            _method(llm_args),
+            quantised(llm_args, "quant_algo"),
             compute_dtype(llm_args, checkpoint),
             layout.dtype,
             layout.dtype,
@@ -88,12 +94,6 @@ def _revision(llm_args: object, folder: Path) -> str:
     if "dummy" in str(getattr(load_format, "name", load_format)).lower():
         return f"dummy weights {secrets.token_hex(16)}"
     return checkpoint_revision(folder)
-
-
-def _method(llm_args: object) -> str | None:
-    """Return how the engine was asked to quantise the weights, beside what the checkpoint says."""
-    method = getattr(getattr(llm_args, "quant_config", None), "quant_algo", None)
-    return None if method is None else str(getattr(method, "value", method))
 
 
 def _max_tokens(llm_args: object) -> int | None:

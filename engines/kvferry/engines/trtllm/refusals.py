@@ -13,7 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kvferry.connector.errors import LayoutError
-from kvferry.engines.trtllm.geometry import block_layout, checkpoint_config, checkpoint_folder, text_config
+from kvferry.engines.trtllm.geometry import (
+    KV_QUANTISATION,
+    block_layout,
+    checkpoint_config,
+    checkpoint_folder,
+    quantised,
+    text_config,
+)
 
 __all__ = ["cautions", "unservable"]
 
@@ -115,9 +122,8 @@ def _of_cache(llm_args: object) -> Iterator[tuple[bool, str]]:
         bool(getattr(cache, "sink_token_length", None)),
         "kv_cache_config.sink_token_length is set: where a token's KV belongs would depend on what was dropped",
     )
-    quantised = getattr(getattr(llm_args, "quant_config", None), "kv_cache_quant_algo", None)
     yield (
-        "nvfp4" in f"{getattr(cache, 'dtype', '')} {getattr(quantised, 'value', quantised)}".lower(),
+        "nvfp4" in f"{getattr(cache, 'dtype', '')} {quantised(llm_args, KV_QUANTISATION)}".lower(),
         "a KV cache of NVFP4 is not supported: its scales lie outside its pages",
     )
 

@@ -35,7 +35,13 @@ from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import CacheService
 from kvferry.engines.session import EngineSessions
 from kvferry.engines.trtllm.compat import RequestDelta, fact, honoured_tokens, request_deltas
-from kvferry.engines.trtllm.geometry import block_layout, checkpoint_config, checkpoint_folder, page_tokens
+from kvferry.engines.trtllm.geometry import (
+    block_layout,
+    checkpoint_config,
+    checkpoint_folder,
+    page_tokens,
+    tp_size,
+)
 from kvferry.engines.trtllm.identity import adapters, model_identity
 from kvferry.engines.trtllm.plan import StepPlan
 from kvferry.engines.trtllm.reports import Mailbox, RankReport
@@ -95,7 +101,7 @@ class SchedulerSide:
         self._engine = f"trtllm-{secrets.token_hex(4)}"
         self._page_tokens = page_tokens(llm_args)
         self._token_bytes = layout.payload_bytes // layout.block_tokens
-        self._tp_size = int(getattr(llm_args, "tensor_parallel_size", None) or 1)
+        self._tp_size = tp_size(llm_args)
         given = config.trtllm.sync_bytes
         self._sync_bytes = given if given is not None else _SYNC_BYTES if self._tp_size == 1 else 0
         self._query_wait_s = self._wait_left_s = config.trtllm.query_wait_s
