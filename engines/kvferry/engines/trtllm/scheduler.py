@@ -14,7 +14,6 @@ Owned by the executor's thread. ``connector`` calls this and decides what become
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import time
@@ -33,6 +32,7 @@ from kvferry.connector.explain import RequestRecord, open_log
 from kvferry.connector.keys import BlockKey
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import CacheService
+from kvferry.engines.notices import make_visible, serving, take_report
 from kvferry.engines.session import EngineSessions
 from kvferry.engines.trtllm.compat import RequestDelta, fact, honoured_tokens, request_deltas
 from kvferry.engines.trtllm.geometry import (
@@ -48,8 +48,6 @@ from kvferry.engines.trtllm.reports import Mailbox, RankReport
 from kvferry.engines.trtllm.requests import RequestTranslator, media_tokens
 
 __all__ = ["SchedulerSide"]
-
-logger = logging.getLogger(__name__)
 
 _CLOSE_DEADLINE_S = 10.0
 _SYNC_BYTES = 32 << 20
@@ -141,14 +139,7 @@ class SchedulerSide:
         self._sessions = EngineSessions(
             self._service, config, fingerprint, self._page_tokens, self._tp_size, self._on_record, clock
         )
-        logger.info(
-            "kvferry serves %s: blocks of %d tokens (%d bytes), %s, fingerprint %s",
-            self._model,
-            layout.block_tokens,
-            layout.payload_bytes,
-            self._service.description,
-            fingerprint[:4].hex(),
-        )
+        serving(self._model, self._service, fingerprint)
 
     @property
     def disabled(self) -> str:
@@ -299,13 +290,8 @@ class SchedulerSide:
         if not awaited or self.disabled:
             return
         keys = [key for of_request in awaited.values() for key in of_request]
-        if not self._service.settle(keys, max(_POLL_S, deadline - self._clock())):
-            logger.warning(
-                "%d blocks may not be visible to others yet although their request is answered "
-                "(peer.commit_wait_s is %g s)",
-                len(keys),
-                self._commit_wait_s,
-            )
+        left_s = max(_POLL_S, deadline - self._clock())
+        make_visible(self._service, keys, left_s, self._commit_wait_s)
 
     def iteration_ended(self) -> None:
         """The engine's loop came round, with a step or without one."""
@@ -426,10 +412,7 @@ class SchedulerSide:
     def _take_report(self, report: RankReport) -> None:
         if not report.report.problem:
             self._ready_ranks.add(report.rank)
-        was_disabled = self._sessions.disabled
-        self._sessions.report(report.report)
-        if self._sessions.disabled and not was_disabled:
-            logger.error("kvferry is off, the engine goes on without it: %s", self._sessions.disabled)
+        take_report(self._sessions, report.report)
         self._failed_loads.update(report.failed)
         for request_id in report.loaded:
             if not self._sessions.is_loading(request_id):

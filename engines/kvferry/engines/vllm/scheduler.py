@@ -24,6 +24,7 @@ from kvferry.connector.transport import RemotePages
 from kvferry.engines.handoff.handoffs import Handoffs
 from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.jobs import StepJobs, WorkerReport
+from kvferry.engines.notices import make_visible, serving, take_report
 from kvferry.engines.session import EngineSessions
 from kvferry.engines.vllm.geometry import attention_spec, block_layout
 from kvferry.engines.vllm.identity import model_identity
@@ -124,14 +125,7 @@ class SchedulerSide:
             self._on_record,
             peers=self._handoffs,
         )
-        logger.info(
-            "kvferry serves %s: blocks of %d tokens (%d bytes), %s, fingerprint %s",
-            self._model,
-            layout.block_tokens,
-            layout.payload_bytes,
-            self._service.description,
-            fingerprint[:4].hex(),
-        )
+        serving(self._model, self._service, fingerprint)
 
     def ranks_exported(self, ranks: Sequence[RemotePages]) -> None:
         """The workers have made their pages readable for other engines."""
@@ -235,26 +229,18 @@ class SchedulerSide:
         for request_id in loaded:
             self._sessions.load_finished(request_id, ok=request_id not in failed)
         if report is not None:
-            was_disabled = self._sessions.disabled
-            self._sessions.report(report)
+            take_report(self._sessions, report)
             self.stats.count_copies(report)
             self.stats.count_peer(report.peer)
             if self._handoffs is not None:
                 self._handoffs.report(report)
-            if self._sessions.disabled and not was_disabled:
-                logger.error("kvferry is off, the engine goes on without it: %s", self._sessions.disabled)
         self._settle()
 
     def _settle(self) -> None:
         """Let nobody be told of blocks that others do not find yet."""
         awaited = self._awaited.popleft() if self._awaited else []
-        if awaited and not self._sessions.disabled and not self._service.settle(awaited, self._commit_wait_s):
-            logger.warning(
-                "%d blocks may not be visible to others yet although their request is answered "
-                "(peer.commit_wait_s is %g s)",
-                len(awaited),
-                self._commit_wait_s,
-            )
+        if awaited and not self._sessions.disabled:
+            make_visible(self._service, awaited, self._commit_wait_s, self._commit_wait_s)
 
     def finished(self, request: Request, pages: Sequence[int]) -> tuple[bool, dict[str, object] | None]:
         """The request is over.
