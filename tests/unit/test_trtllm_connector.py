@@ -5,26 +5,17 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trtllm_kit import BLOCK, Request, Runtime, delta, runtimes
+from trtllm_kit import COVERED, OTHERS, PAGES, PROMPT, Request, Runtime, delta, make
 
 from kvferry.connector.errors import ConfigError, LayoutError, LoadFailed
 from kvferry.engines.trtllm.plan import StepPlan
 
-PROMPT = list(range(100, 100 + 3 * BLOCK + 2))
-PAGES = list(range(7))
-OTHERS = list(range(10, 17))
-COVERED = 3 * BLOCK
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runtime]]:
-    yield from runtimes(tmp_path, monkeypatch)
+__all__ = ["make"]
 
 
 @pytest.fixture

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import common
 import pytest
-from trtllm_kit import BLOCK, PAGE, Request, Runtime, delta, runtimes
+from trtllm_kit import BLOCK, COVERED, OTHERS, PAGE, PAGES, PROMPT, Request, Runtime, delta, make
 
-PROMPT = list(range(100, 100 + 3 * BLOCK + 2))
-PAGES = list(range(7))
-OTHERS = list(range(10, 17))
-COVERED = 3 * BLOCK
-"""Tokens of the prompt that can be loaded."""
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runtime]]:
-    yield from runtimes(tmp_path, monkeypatch)
+__all__ = ["make"]
 
 
 @pytest.fixture

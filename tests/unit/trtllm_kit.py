@@ -28,6 +28,11 @@ PAGE = 4
 BLOCK = 8
 HEADS, HEAD_DIM, LAYERS, NUM_PAGES = 2, 8, 2, 32
 DEADLINE_S = 10.0
+PROMPT = list(range(100, 100 + 3 * BLOCK + 2))
+COVERED = 3 * BLOCK
+"""Tokens of the prompt that can be loaded."""
+PAGES = list(range(7))
+OTHERS = list(range(10, 17))
 MODEL = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
@@ -230,7 +235,8 @@ def play_interface(monkeypatch: pytest.MonkeyPatch, set_to: dict[str, int]) -> A
     return importlib.import_module("kvferry.engines.trtllm.connector")
 
 
-def runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runtime]]:
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Runtime]]:
     """Yield what makes engines: ``make(ranks, config text, **llm_args)``."""
     rank = {"rank": 0}
     connector = play_interface(monkeypatch, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 BLOCK = 128
 """Tokens per block with vLLM's default page on CPU, which is as long."""
@@ -42,6 +43,11 @@ def random_tokens(rng: random.Random, count: int) -> Prompt:
 def matched(prompt: Prompt, block: int = BLOCK) -> int:
     """Return how many tokens of a prompt lie in full blocks."""
     return len(prompt) // block * block
+
+
+def full_blocks(prompts: Iterable[Prompt]) -> set[Prompt]:
+    """Return the full blocks of prompts, each as all tokens up to its last."""
+    return {prompt[:end] for prompt in prompts for end in range(BLOCK, len(prompt) + 1, BLOCK)}
 
 
 PROMPTS = shared_prefix_prompts(200, seed=20261123)

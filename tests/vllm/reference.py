@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import Answer, Engine, wait_until
-from prompts import BLOCK, Prompt, matched
+from prompts import BLOCK, Prompt, full_blocks, matched
 
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 LATE_ANSWERS = "kvferry_server_late_answers_total"
@@ -58,6 +58,17 @@ def _excused(engine: Engine) -> float:
     engine.generate([{"tokens": [2, 3], "max_tokens": 1}])
     metrics = engine.metrics()
     return sum(metrics.get(name, 0.0) for name in FOR_WANT_OF_AN_ANSWER)
+
+
+def wait_until_stored(engine: Engine, prompts: Sequence[Prompt], *tiers: str) -> None:
+    """Wait until each of these tiers has stored every full block of prompts."""
+    blocks = len(full_blocks(prompts))
+
+    def is_stored() -> bool:
+        engine.generate([{"tokens": [2, 3], "max_tokens": 1}])
+        return all(engine.metric(f"kvferry_stored_blocks_total{{tier={tier}}}") >= blocks for tier in tiers)
+
+    wait_until("every block is stored", is_stored)
 
 
 def _run_until_hit(engine: Engine, request: dict[str, Any], tokens: int) -> tuple[Answer, int]:

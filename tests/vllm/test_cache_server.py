@@ -13,7 +13,7 @@ import pytest
 from cache_server import CacheServer
 from engine import Engine, Engines, wait_until
 from first_life import FirstLife
-from prompts import BLOCK, PROMPTS, Prompt, random_tokens
+from prompts import BLOCK, PROMPTS, Prompt, full_blocks, random_tokens
 from reference import EXTERNAL_HITS, kvferry_hits
 from server import Server
 from test_faults import check
@@ -58,7 +58,7 @@ def first(
     """An engine that has put the blocks of ``SOME`` on the server."""
     engines.close()
     with Engine(tiny, logs / "first.log", kvferry=unix(cache)) as engine:
-        blocks = {prompt[:end] for prompt in SOME for end in range(BLOCK, len(prompt) + 1, BLOCK)}
+        blocks = full_blocks(SOME)
 
         def is_filled() -> bool:
             # One after the other, as in the first life: batches of other sizes round otherwise.

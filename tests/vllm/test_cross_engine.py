@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 from across import KnownModel, read_blocks, trtllm_toml
 from cache_server import CacheServer
-from engine import Answer, Engine, Engines, wait_until
+from engine import Answer, Engines
 from ferry import Ferry
 from prompts import BLOCK, PROMPTS, Prompt, matched
-from reference import kvferry_hits, local_hits
+from reference import kvferry_hits, local_hits, wait_until_stored
 from remote import RedisRemote
 from standin.executor import Engine as StandIn
 from standin.model import Scope
@@ -104,20 +104,9 @@ def written(engines: Engines, tiny: Path, stores: Stores) -> Written:
     """vLLM has filled every store, and is gone."""
     engine = engines.start("across-writer", tiny, kvferry=stores.tables("disk", "redis", "remote"))
     hits = local_hits(engine, SOME)
-    everything_is_stored(engine, ("disk", "redis", "remote"), SOME)
+    wait_until_stored(engine, SOME, "disk", "redis", "remote")
     engines.close()
     return Written(hits, read_blocks(tiny, stores.tables("disk"), SOME))
-
-
-def everything_is_stored(engine: Engine, tiers: tuple[str, ...], prompts: list[Prompt]) -> None:
-    blocks = {prompt[:end] for prompt in prompts for end in range(BLOCK, len(prompt) + 1, BLOCK)}
-
-    def is_stored() -> bool:
-        engine.generate([{"tokens": [2, 3], "max_tokens": 1}])
-        stored = [engine.metric(f"kvferry_stored_blocks_total{{tier={tier}}}") for tier in tiers]
-        return min(stored) >= len(blocks)
-
-    wait_until("every block is in every tier", is_stored)
 
 
 @pytest.fixture
@@ -235,7 +224,7 @@ def test_a_real_model_crosses_both_ways(
     there, back = (disk_tables(tmp_path / name) for name in ("there", "back"))
     writer = engines.start("across-real-writer", smollm, kvferry=there)
     hits = local_hits(writer, prompts)
-    everything_is_stored(writer, ("disk",), prompts)
+    wait_until_stored(writer, prompts, "disk")
     engines.close()
     model = read_blocks(smollm, there, prompts)
     forms = [Pages(16, 1, False), Pages(32, 3, True), Pages(64, 3, False)]

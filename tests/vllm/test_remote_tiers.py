@@ -17,7 +17,7 @@ import pytest
 from engine import Engine, EngineRefused, Engines, wait_until
 from first_life import FirstLife
 from prompts import BLOCK, PROMPTS, Prompt, random_tokens
-from reference import kvferry_hits
+from reference import kvferry_hits, wait_until_stored
 from remote import KINDS, RedisRemote, Remote
 from test_faults import check
 
@@ -67,14 +67,7 @@ def second(engines: Engines, tiny: Path, first_life: FirstLife, remote: Remote, 
     first = engines.start(f"{remote.name}-first", tiny, kvferry=patient)
     # One after the other, as in the first life: batches of other sizes round otherwise.
     first.generate([{"tokens": prompt} for prompt in SOME])
-    blocks = {prompt[:end] for prompt in SOME for end in range(BLOCK, len(prompt) + 1, BLOCK)}
-    stored = f"kvferry_stored_blocks_total{{tier={remote.name}}}"
-
-    def is_stored() -> bool:
-        first.generate([{"tokens": [2, 3], "max_tokens": 1}])
-        return first.metric(stored) >= len(blocks)
-
-    wait_until("every block is stored", is_stored)
+    wait_until_stored(first, SOME, remote.name)
     return engines.start(f"{remote.name}-second", tiny, kvferry=configuration(remote, records))
 
 
