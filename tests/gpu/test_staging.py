@@ -20,6 +20,8 @@ from staging_kit import (
     MakeRig,
     Rig,
     StagingTests,
+    finish,
+    follow,
     gathered,
     ids,
     page_layout,
@@ -196,18 +198,18 @@ def copied_right(rigs: Rigs, case: Case, offset: int = 0) -> None:
         arena[:] = 0xA5
         batch = case.batch(4)
         expected = gathered(case, memory, *batch, arena)
-        staging.wait(staging.mark())
-        staging.gather(*batch, arena)
-        staging.finish()
+        follow(staging)
+        staging.gathers.copy(*batch, arena)
+        finish(staging)
         assert np.array_equal(arena, expected)
 
         poison = np.full_like(memory, 0x5A)
         engine.compute(poison)
         batch = case.partial(4)
         expected_memory = scattered(case, poison, *batch, arena)
-        staging.wait(staging.mark())
-        staging.scatter(*batch, arena)
-        staging.finish()
+        follow(staging)
+        staging.scatters.copy(*batch, arena)
+        finish(staging)
         assert np.array_equal(engine.memory(), expected_memory)
         staging.close()
 

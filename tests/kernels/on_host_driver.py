@@ -198,8 +198,8 @@ def staged(device: Device, path: str = "auto") -> bytes:
     try:
         staging = make_staging(0, pages, CudaConfig(path=path), lambda: 0)  # type: ignore[arg-type]
         try:
-            staging.gather(np.array([[0, 1]], np.int32), np.array([0]), arena)
-            staging.finish()
+            staging.gathers.copy(np.array([[0, 1]], np.int32), np.array([0]), arena)
+            staging.gathers.finish()
         finally:
             staging.close()
     finally:

@@ -241,17 +241,21 @@ class PlayedDevice:
     def call(self, name: str) -> None:
         """Count a call, refuse it if it is its turn, and perhaps let some time pass."""
         assert threading.get_ident() in self._threads, f"{name} by a thread without the device's context"
-        self.calls.append(name)
-        if self.fails_at is not None and len(self.calls) > self.fails_at:
-            self.fails_at = None
-            raise DeviceError(name, "CUDA_ERROR_PLAYED")
+        with self._lock:
+            self.calls.append(name)
+            if self.fails_at is not None and len(self.calls) > self.fails_at:
+                self.fails_at = None
+                raise DeviceError(name, "CUDA_ERROR_PLAYED")
         while self.rng.random() < self.haste and self._step(may_idle=True):
             pass
 
     def run_until(self, event: PlayedEvent, number: int) -> None:
         """Let time pass until an event has passed; more than that is left to chance."""
-        while event.passed < number:
-            assert self._step(), "a wait for work that never runs"
+        while True:
+            with self._lock:
+                if event.passed >= number:
+                    return
+                assert self._step(), "a wait for work that never runs"
 
     def check(self, address: int, nbytes: int) -> None:
         spans = [*self.allocations, *self.registrations]

@@ -19,7 +19,7 @@ from kvferry.connector.explain import RequestRecord
 from kvferry.connector.layout import BlockLayout, PageLayout
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.service import CacheService
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import Copies, HostStaging
 from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.jobs import StepJobs, WorkerReport
 from kvferry.engines.request import RequestInfo
@@ -37,8 +37,22 @@ class GatedPages(HostStaging):
 
     gate: threading.Event
 
+    @property
+    def gathers(self) -> Copies:
+        return _Gated(super().gathers, self.gate)
+
+    @property
+    def scatters(self) -> Copies:
+        return _Gated(super().scatters, self.gate)
+
+
+class _Gated:
+    def __init__(self, copies: Copies, gate: threading.Event) -> None:
+        self.copy, self.finish = copies.copy, copies.finish
+        self._gate = gate
+
     def wait(self, mark: object) -> None:
-        assert self.gate.wait(DEADLINE_S)
+        assert self._gate.wait(DEADLINE_S)
 
 
 class Rank:

@@ -196,6 +196,19 @@ HOSTILE: dict[str, tuple[npt.NDArray[np.generic], npt.NDArray[np.generic], str]]
 }
 
 
+def follow(staging: Staging) -> None:
+    """Have all later copies come after the engine's work so far."""
+    mark = staging.mark()
+    for direction in (staging.gathers, staging.scatters):
+        direction.wait(mark)
+
+
+def finish(staging: Staging) -> None:
+    """Wait until all copies are complete."""
+    for direction in (staging.gathers, staging.scatters):
+        direction.finish()
+
+
 class StagingTests:
     """The contract of ``kvferry.connector.staging.Staging``."""
 
@@ -213,17 +226,17 @@ class StagingTests:
             page_ids, slots = case.batch(5) if is_whole else case.partial(5)
             rig = make(memory, case.layout, case.block, case.shard)
             expected = gathered(case, memory, page_ids, slots, arena)
-            rig.staging.wait(rig.staging.mark())
-            rig.staging.gather(page_ids, slots, arena)
-            rig.staging.finish()
+            follow(rig.staging)
+            rig.staging.gathers.copy(page_ids, slots, arena)
+            finish(rig.staging)
             assert np.array_equal(arena, expected)
             assert np.array_equal(rig.memory(), memory)
 
             page_ids, slots = case.batch(5) if is_whole else case.partial(5)
             expected_memory = scattered(case, memory, page_ids, slots, arena)
-            rig.staging.wait(rig.staging.mark())
-            rig.staging.scatter(page_ids, slots, arena)
-            rig.staging.finish()
+            follow(rig.staging)
+            rig.staging.scatters.copy(page_ids, slots, arena)
+            finish(rig.staging)
             assert np.array_equal(rig.memory(), expected_memory)
             assert np.array_equal(arena, expected)
             rig.staging.close()
@@ -244,10 +257,10 @@ class StagingTests:
                     if is_write:
                         memory[in_pages] = payload[in_slot]
                     rig = make(memory, case.layout, SMALL, shard)
-                    rig.staging.wait(rig.staging.mark())
-                    copy = rig.staging.gather if is_write else rig.staging.scatter
+                    follow(rig.staging)
+                    copy = rig.staging.gathers.copy if is_write else rig.staging.scatters.copy
                     copy(page_ids, slots, arena)
-                    rig.staging.finish()
+                    finish(rig.staging)
                     assert np.array_equal(rig.memory()[in_pages], payload[in_slot])
                     rig.staging.close()
             before[1, : SMALL.payload_bytes] = payload
@@ -263,26 +276,26 @@ class StagingTests:
             page_ids = pages.reshape(-1, per_block)
             slots = np.arange(len(page_ids))[::-1]
             expected = gathered(case, memory, page_ids, slots, arena)
-            rig.staging.wait(rig.staging.mark())
+            follow(rig.staging)
             for row in range(len(slots)):
-                rig.staging.gather(page_ids[row : row + 1], slots[row : row + 1], arena)
-            rig.staging.finish()
+                rig.staging.gathers.copy(page_ids[row : row + 1], slots[row : row + 1], arena)
+            finish(rig.staging)
             assert np.array_equal(arena, expected)
             expected_memory = scattered(case, memory, page_ids, slots[::-1], arena)
-            rig.staging.wait(rig.staging.mark())
+            follow(rig.staging)
             for row in range(len(slots)):
-                rig.staging.scatter(page_ids[row : row + 1], slots[::-1][row : row + 1], arena)
-            rig.staging.finish()
+                rig.staging.scatters.copy(page_ids[row : row + 1], slots[::-1][row : row + 1], arena)
+            finish(rig.staging)
             assert np.array_equal(rig.memory(), expected_memory)
             rig.staging.close()
 
     @pytest.mark.parametrize("page_ids", [ids([-1, -1], [-5, -(1 << 31)]), ids([0, 1])[:0]])
     def test_a_batch_of_nothing_copies_nothing(self, make: MakeRig, page_ids: PageIds) -> None:
         self._unchanged(
-            make, lambda staging, arena: staging.gather(page_ids, np.arange(len(page_ids)), arena)
+            make, lambda staging, arena: staging.gathers.copy(page_ids, np.arange(len(page_ids)), arena)
         )
         self._unchanged(
-            make, lambda staging, arena: staging.scatter(page_ids, np.arange(len(page_ids)), arena)
+            make, lambda staging, arena: staging.scatters.copy(page_ids, np.arange(len(page_ids)), arena)
         )
 
     @pytest.mark.parametrize("how", HOSTILE)
@@ -290,7 +303,7 @@ class StagingTests:
         page_ids, slots, why = HOSTILE[how]
 
         def refused(staging: Staging, arena: Bytes) -> None:
-            for copy in (staging.gather, staging.scatter):
+            for copy in (staging.gathers.copy, staging.scatters.copy):
                 with pytest.raises(LayoutError, match=why):
                     copy(page_ids, slots, arena)  # type: ignore[arg-type]
 
@@ -299,9 +312,9 @@ class StagingTests:
     def test_nothing_is_written_twice_by_a_batch(self, make: MakeRig) -> None:
         def refused(staging: Staging, arena: Bytes) -> None:
             with pytest.raises(LayoutError, match="slot 1 is written twice"):
-                staging.gather(ids([0, 1], [2, -1]), np.array([1, 1]), arena)
+                staging.gathers.copy(ids([0, 1], [2, -1]), np.array([1, 1]), arena)
             with pytest.raises(LayoutError, match="page 2 is written twice"):
-                staging.scatter(ids([0, 2], [2, -1]), np.array([0, 1]), arena)
+                staging.scatters.copy(ids([0, 2], [2, -1]), np.array([0, 1]), arena)
 
         self._unchanged(make, refused)
 
@@ -315,7 +328,7 @@ class StagingTests:
             (wide[0], "contiguous"),
             (wide.view(np.int8), "uint8"),
         ):
-            for copy in (rig.staging.gather, rig.staging.scatter):
+            for copy in (rig.staging.gathers.copy, rig.staging.scatters.copy):
                 with pytest.raises(LayoutError, match=why):
                     copy(ids([0, 1]), np.array([0]), arena)
         rig.staging.close()
@@ -328,9 +341,9 @@ class StagingTests:
             with slots_of(case.rng, 3, SMALL.slot_bytes) as arena:
                 batch = ids([0, 1]), np.array([slot])
                 expected = gathered(case, memory, *batch, arena)
-                rig.staging.wait(rig.staging.mark())
-                rig.staging.gather(*batch, arena)
-                rig.staging.finish()
+                follow(rig.staging)
+                rig.staging.gathers.copy(*batch, arena)
+                finish(rig.staging)
                 assert np.array_equal(arena, expected)
                 rig.staging.detach(arena)
                 rig.staging.detach(arena)
@@ -344,9 +357,9 @@ class StagingTests:
         rig = make(memory.copy(), case.layout, SMALL, case.shard)
         with slots_of(case.rng, 3, SMALL.slot_bytes) as arena:
             before = arena.copy()
-            rig.staging.wait(rig.staging.mark())
+            follow(rig.staging)
             copy(rig.staging, arena)
-            rig.staging.finish()
+            finish(rig.staging)
             assert np.array_equal(arena, before)
             assert np.array_equal(rig.memory(), memory)
             rig.staging.close()

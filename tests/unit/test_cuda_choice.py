@@ -9,7 +9,19 @@ import msgspec
 import numpy as np
 import pytest
 from played_device import PlayedDevice
-from staging_kit import KINDS, Case, gathered, ids, page_layout, pairs, random_case, slots_of, small_case
+from staging_kit import (
+    KINDS,
+    Case,
+    finish,
+    follow,
+    gathered,
+    ids,
+    page_layout,
+    pairs,
+    random_case,
+    slots_of,
+    small_case,
+)
 
 from kvferry.connector.config import CudaConfig
 from kvferry.connector.errors import ConfigError, DeviceError
@@ -160,9 +172,9 @@ def test_what_is_made_copies(path: str, seed: int) -> None:
     with slots_of(case.rng, 4, case.block.slot_bytes) as arena:
         batch = case.batch(4)
         expected = gathered(case, content, *batch, arena)
-        staging.wait(staging.mark())
-        staging.gather(*batch, arena)
-        staging.finish()
+        follow(staging)
+        staging.gathers.copy(*batch, arena)
+        finish(staging)
         assert np.array_equal(arena, expected)
         staging.close()
 
@@ -305,5 +317,7 @@ def test_the_gpu_is_opened_by_its_number(monkeypatch: pytest.MonkeyPatch) -> Non
     gpu = Gpu()
     monkeypatch.setattr(choice, "open_device", {3: gpu.device}.__getitem__)
     staging = make_staging(3, gpu.pages, CudaConfig(path="batch"), lambda: ENGINE)
-    staging.gather(ids([0, 1])[:0], np.zeros(0, np.int64), np.zeros((1, gpu.case.block.slot_bytes), np.uint8))
+    staging.gathers.copy(
+        ids([0, 1])[:0], np.zeros(0, np.int64), np.zeros((1, gpu.case.block.slot_bytes), np.uint8)
+    )
     staging.close()

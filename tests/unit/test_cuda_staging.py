@@ -6,21 +6,25 @@ A missing wait for an event gives wrong bytes here, for some seed; so does memor
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from played_device import PlayedDevice, PlayedKernels
+from played_device import PlayedDevice, PlayedEvent, PlayedKernels
 from staging_kit import (
     Case,
     MakeRig,
     Rig,
     StagingTests,
+    finish,
+    follow,
     gathered,
     ids,
     random_case,
@@ -32,9 +36,10 @@ from staging_kit import (
 from kvferry.connector.arena import Arena
 from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.connector.staging import Bytes, Staging
+from kvferry.connector.staging import Bytes, Copies, Staging
 from kvferry.cuda import batch as batch_module
 from kvferry.cuda.batch import CopyCall, DirectPath, copy_batch, copy_each
+from kvferry.cuda.driver import Held
 from kvferry.cuda.geometry import CopyGeometry
 from kvferry.cuda.ring import KernelPath, RingSize
 from kvferry.cuda.staging import CopyPath, DevicePages, DeviceStaging
@@ -174,15 +179,70 @@ def run_job(case: Case, made: Setting, arena: Bytes, is_save: bool) -> None:
     page_ids, slots = case.partial(len(arena)) if case.rng.random() < 0.5 else case.batch(len(arena))
     expected_arena = gathered(case, memory, page_ids, slots, arena) if is_save else arena.copy()
     expected_memory = memory if is_save else scattered(case, memory, page_ids, slots, arena)
-    made.staging.wait(made.staging.mark())
-    copy = made.staging.gather if is_save else made.staging.scatter
+    follow(made.staging)
+    copy = made.staging.gathers.copy if is_save else made.staging.scatters.copy
     at_once = int(case.rng.integers(1, 4))
     for start in range(0, len(slots), at_once):
         some = slice(start, start + at_once)
         copy(page_ids[some], slots[some], arena)
-    made.staging.finish()
+    finish(made.staging)
     assert np.array_equal(arena, expected_arena)
     assert np.array_equal(made.memory(), expected_memory)
+
+
+@given(seed=st.integers(0, 100_000), way=WAYS, haste=st.sampled_from([0.0, 0.3, 0.8]))
+@settings(deadline=None, max_examples=60)
+def test_both_directions_go_on_at_once(seed: int, way: Way, haste: float) -> None:
+    """Each on its own thread, in batches of a block, over pages and slots that the other does not touch."""
+    case = random_case(seed)
+    per_block = case.block.block_tokens // case.layout.page_tokens
+    blocks = case.layout.num_pages // per_block
+    with slots_of(case.rng, blocks, case.block.slot_bytes) as arena:
+        device = PlayedDevice(seed, haste=haste)
+        nbytes = case.layout.extent_bytes()
+        made = setting(device, way, nbytes, case.layout, case.block, case.shard, seed % 33)
+        memory = case.rng.integers(0, 256, nbytes, dtype=np.uint8)
+        made.compute(memory)
+        page_ids = case.rng.permutation(case.layout.num_pages)[: blocks * per_block].astype(np.int32)
+        page_ids, slots = page_ids.reshape(blocks, per_block), case.rng.permutation(blocks)
+        saved, loaded = slice(0, blocks // 2), slice(blocks // 2, blocks)
+        expected_arena = gathered(case, memory, page_ids[saved], slots[saved], arena)
+        expected_memory = scattered(case, memory, page_ids[loaded], slots[loaded], arena)
+
+        def copy(direction: Copies, some: slice) -> None:
+            device.activate()
+            direction.wait(made.staging.mark())
+            for page_row, slot in zip(page_ids[some], slots[some], strict=True):
+                direction.copy(page_row[np.newaxis], np.array([slot]), arena)
+            direction.finish()
+
+        with ThreadPoolExecutor(2) as threads:
+            jobs = [
+                threads.submit(copy, made.staging.gathers, saved),
+                threads.submit(copy, made.staging.scatters, loaded),
+            ]
+        for job in jobs:
+            job.result()
+        assert np.array_equal(arena, expected_arena)
+        assert np.array_equal(made.memory(), expected_memory)
+        made.staging.close()
+        assert device.registrations == []
+
+
+def test_one_direction_is_finished_while_the_other_is_under_way() -> None:
+    case, made = small(Way(), haste=0.0)
+    with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
+        late = PlayedEvent(made.device)
+        late.recorded = 1
+        made.device.streams[0].wait(late)
+        made.staging.gathers.copy(ids([0, 1]), np.array([0]), arena)
+        expected = scattered(case, made.pages, ids([2, -1]), np.array([1]), arena)
+        made.staging.scatters.copy(ids([2, -1]), np.array([1]), arena)
+        made.staging.scatters.finish()
+        assert np.array_equal(made.pages, expected)
+        assert not made.device.is_idle()
+        late.passed = 1
+        made.staging.close()
 
 
 @pytest.mark.parametrize("is_save", [True, False])
@@ -196,9 +256,9 @@ def test_copies_come_after_the_engines_work_so_far(way: Way, is_save: bool, seed
         expected_arena = gathered(case, memory, *batch, arena)
         expected_memory = scattered(case, memory, *batch, arena)
         made.compute(memory)
-        made.staging.wait(made.staging.mark())
-        (made.staging.gather if is_save else made.staging.scatter)(*batch, arena)
-        made.staging.finish()
+        follow(made.staging)
+        (made.staging.gathers.copy if is_save else made.staging.scatters.copy)(*batch, arena)
+        finish(made.staging)
         if is_save:
             assert np.array_equal(arena, expected_arena)
         else:
@@ -216,16 +276,16 @@ def test_after_a_fault_finish_leaves_nothing_under_way(way: Way, is_save: bool, 
             device = PlayedDevice(seed, haste=0.0)
             made = setting(device, way, case.layout.extent_bytes(), case.layout, case.block, case.shard)
             page_ids, slots = case.partial(6)
-            made.staging.wait(made.staging.mark())
+            follow(made.staging)
             device.fails_at = len(device.calls) + fails_at
             try:
-                (made.staging.gather if is_save else made.staging.scatter)(page_ids, slots, arena)
+                (made.staging.gathers.copy if is_save else made.staging.scatters.copy)(page_ids, slots, arena)
                 device.fails_at = None
                 return
             except DeviceError:
                 pass
             finally:
-                made.staging.finish()
+                finish(made.staging)
                 assert device.is_idle()
                 made.staging.close()
 
@@ -274,11 +334,34 @@ def test_an_arena_is_registered_once() -> None:
     with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
         before = len(made.device.registrations)
         for slot in range(3):
-            made.staging.gather(ids([0, 1]), np.array([slot]), arena)
+            made.staging.gathers.copy(ids([0, 1]), np.array([slot]), arena)
         assert len(made.device.registrations) == before + 1
-        made.staging.finish()
+        finish(made.staging)
         made.staging.detach(arena)
         assert len(made.device.registrations) == before
+        made.staging.close()
+
+
+def test_two_directions_that_begin_together_register_an_arena_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = small(Way(is_direct=True))
+    first, second = threading.Event(), threading.Event()
+    register = made.device.register_host
+
+    def slow(address: int, nbytes: int) -> Held:
+        if first.is_set():
+            second.set()
+        first.set()
+        second.wait(0.1)
+        return register(address, nbytes)
+
+    monkeypatch.setattr(made.device, "register_host", slow)
+    with slots_of(case.rng, 3, case.block.slot_bytes) as arena, ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(made.staging.gathers.copy, ids([0, 1]), np.array([0]), arena)]
+        assert first.wait(10.0)
+        jobs.append(threads.submit(made.staging.scatters.copy, ids([2, -1]), np.array([1]), arena))
+        for job in jobs:
+            job.result()
+        assert not second.is_set()
         made.staging.close()
 
 
@@ -288,7 +371,7 @@ def test_close_waits_for_what_is_under_way(way: Way) -> None:
     with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
         batch = ids([0, 1]), np.array([1])
         expected = gathered(case, made.pages, *batch, arena)
-        made.staging.gather(*batch, arena)
+        made.staging.gathers.copy(*batch, arena)
         made.staging.close()
         assert made.device.is_idle()
         assert np.array_equal(arena, expected)
@@ -303,7 +386,7 @@ def test_close_gives_back_what_it_can_when_a_wait_is_refused(way: Way) -> None:
         with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
             batch = ids([0, 1]), np.array([1])
             expected = gathered(case, made.pages, *batch, arena)
-            made.staging.gather(*batch, arena)
+            made.staging.gathers.copy(*batch, arena)
             device.fails_at = len(device.calls) + fails_at
             is_refused = False
             try:
@@ -325,7 +408,7 @@ def test_close_gives_back_what_it_can_when_a_wait_is_refused(way: Way) -> None:
 def test_close_of_a_gpu_that_answers_nothing_any_more(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     case, made = small(way)
     with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
-        made.staging.gather(ids([0, 1]), np.array([1]), arena)
+        made.staging.gathers.copy(ids([0, 1]), np.array([1]), arena)
 
         def refused(name: str) -> None:
             raise DeviceError(name, "CUDA_ERROR_LAUNCH_FAILED")
@@ -345,7 +428,7 @@ def test_memory_that_the_gpu_does_not_take_back_keeps_nothing_else(
     case, made = small(Way())
     device = made.device
     with slots_of(case.rng, 3, case.block.slot_bytes) as arena:
-        made.staging.gather(ids([0, 1]), np.array([1]), arena)
+        made.staging.gathers.copy(ids([0, 1]), np.array([1]), arena)
         order = itertools.count()
         held_type = type(device.allocate(1))
         give_back = held_type.close
@@ -367,10 +450,10 @@ def test_the_ring_bounds_what_is_queued() -> None:
     case, made = small(Way(ring=RingSize(1, 2, 1)), haste=0.0)
     with slots_of(case.rng, 4, case.block.slot_bytes) as arena:
         for slot in range(4):
-            made.staging.gather(ids([0, 1]), np.array([slot]), arena)
+            made.staging.gathers.copy(ids([0, 1]), np.array([slot]), arena)
             kernels = [op for op in made.device.streams[0].queue if "gather" in op.what]
             assert len(kernels) <= 2
-        made.staging.finish()
+        finish(made.staging)
         made.staging.close()
 
 
@@ -402,7 +485,7 @@ def test_a_kernel_takes_no_more_of_the_gpu_than_it_may(monkeypatch: pytest.Monke
         way = Way(ring=RingSize(1 << 20, 2, most))
         made = setting(device, way, layout.extent_bytes(), layout, block, block.shard(0, 1))
         with slots_of(np.random.default_rng(0), 1, block.slot_bytes) as arena:
-            made.staging.gather(ids([0]), np.array([0]), arena)
+            made.staging.gathers.copy(ids([0]), np.array([0]), arena)
             made.staging.close()
     assert taken[:2] == [1, 3]
     assert 3 < taken[2] < 1000, "threads without work are not launched"
@@ -421,8 +504,8 @@ def test_copies_are_handed_over_in_bounded_arrays(monkeypatch: pytest.MonkeyPatc
         memory = made.pages.copy()
         batch = ids([0, 1], [2, -1]), np.array([2, 0])
         expected = gathered(case, memory, *batch, arena)
-        made.staging.gather(*batch, arena)
-        made.staging.finish()
+        made.staging.gathers.copy(*batch, arena)
+        finish(made.staging)
         assert np.array_equal(arena, expected)
         made.staging.close()
     assert max(counts) == 3

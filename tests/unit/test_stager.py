@@ -16,7 +16,7 @@ from kvferry.connector.layout import BlockLayout
 from kvferry.connector.staging import Bytes, PageIds, SlotIds
 from kvferry.engines import jobs as jobs_module
 from kvferry.engines import stager as stager_module
-from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs
+from kvferry.engines.jobs import BlockCopy, LoadJob, PeerRead, PeerSource, SaveJob, StepJobs
 from kvferry.engines.stager import Stager, StagerResults
 
 LAYOUT = BlockLayout(num_layers=1, num_kv_heads=1, block_tokens=8, head_dim=16, itemsize=2)
@@ -25,7 +25,7 @@ GENERATION = 5
 
 
 class Pages:
-    """Copies whole slots to and from one page, and only while the gate is open.
+    """Copies whole slots to and from one page, each direction only while its gate is open.
 
     Like a GPU's, copies are only complete when somebody waits for them.
     """
@@ -33,35 +33,30 @@ class Pages:
     pages_per_block = 1
 
     def __init__(self) -> None:
-        self.gate = threading.Event()
         self.page = np.zeros(LAYOUT.slot_bytes, np.uint8)
         self.batches: list[int] = []
-        self.under_way = 0
         self.on_copy: Callable[[], None] = lambda: None
+        self.gathers, self.scatters = Direction(self, self._gather), Direction(self, self._scatter)
         self.detached: list[int] = []
         self.is_closed = False
+
+    @property
+    def under_way(self) -> int:
+        return self.gathers.under_way + self.scatters.under_way
+
+    def open(self) -> None:
+        """Let copies happen."""
+        self.gathers.gate.set()
+        self.scatters.gate.set()
 
     def mark(self) -> object:
         return None
 
-    def wait(self, mark: object) -> None:
-        assert self.gate.wait(DEADLINE_S)
-
-    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self._note(len(slots))
+    def _gather(self, slots: SlotIds, arena: Bytes) -> None:
         arena[slots] = self.page
 
-    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self._note(len(slots))
+    def _scatter(self, slots: SlotIds, arena: Bytes) -> None:
         self.page[:] = arena[slots[-1]]
-
-    def _note(self, blocks: int) -> None:
-        self.batches.append(blocks)
-        self.under_way += blocks
-        self.on_copy()
-
-    def finish(self) -> None:
-        self.under_way = 0
 
     def detach(self, arena: Bytes) -> None:
         assert not self.under_way
@@ -69,6 +64,26 @@ class Pages:
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class Direction:
+    def __init__(self, pages: Pages, move: Callable[[SlotIds, Bytes], None]) -> None:
+        self.gate = threading.Event()
+        self.under_way = 0
+        self._pages = pages
+        self._move = move
+
+    def wait(self, mark: object) -> None:
+        assert self.gate.wait(DEADLINE_S)
+
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._pages.batches.append(len(slots))
+        self.under_way += len(slots)
+        self._pages.on_copy()
+        self._move(slots, arena)
+
+    def finish(self) -> None:
+        self.under_way = 0
 
 
 class Server:
@@ -116,7 +131,7 @@ def pages() -> Pages:
 def stager(pages: Pages) -> Iterator[Stager]:
     stager = Stager(pages, LAYOUT, LAYOUT.shard(0, 1))
     yield stager
-    pages.gate.set()
+    pages.open()
     stager.close()
 
 
@@ -157,6 +172,39 @@ def results(stager: Stager, jobs: int) -> StagerResults:
     return total
 
 
+def until_reported(stager: Stager, request_id: str, seconds: float) -> None:
+    """Wait until a load was good; raise TimeoutError if that takes longer."""
+    end = time.monotonic() + seconds
+    while request_id not in (found := stager.take_results()).loaded:
+        if time.monotonic() > end:
+            raise TimeoutError
+    assert not found.failed_loads
+
+
+class Peers:
+    """Notes that it was asked to read, and reads nothing."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+
+    def submit(self, read: PeerRead, on_done: object) -> None:
+        self.is_asked.set()
+
+    def close(self) -> None:
+        pass
+
+
+PEER_READ = PeerRead(
+    source=PeerSource("127.0.0.1", 1, "e", "r", 8),
+    reader="b",
+    num_tokens=8,
+    fingerprint=b"",
+    content=b"",
+    first_page=0,
+    pages=(0,),
+)
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     end = time.monotonic() + DEADLINE_S
     while not is_so():
@@ -167,7 +215,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def test_a_rank_whose_pages_make_other_blocks_copies_nothing(
     pages: Pages, servers: Callable[[int], Server]
 ) -> None:
-    pages.gate.set()
+    pages.open()
     stager = Stager(pages, LAYOUT, LAYOUT.shard(0, 1), page_encoding="of another order")
     step(stager, servers(1).handle(), LoadJob("a", COPY), SaveJob(1, "a", COPY))
     found = results(stager, 2)
@@ -183,7 +231,7 @@ def test_a_load_that_was_queued_before_the_arena_changed_reads_the_old_one(
     old, new = servers(1), servers(2)
     step(stager, old.handle(), LoadJob("a", COPY))
     step(stager, new.handle())
-    pages.gate.set()
+    pages.open()
     assert results(stager, 1).failed_loads == set()
     assert pages.page[0] == 1, "the same slot and generation of the new arena hold another block"
 
@@ -195,7 +243,7 @@ def test_a_save_that_was_queued_before_the_arena_changed_does_not_write_into_the
     pages.page[:] = 9
     step(stager, old.handle(), SaveJob(1, "a", COPY))
     step(stager, new.handle())
-    pages.gate.set()
+    pages.open()
     results(stager, 1)
     assert (new.arena.slots_array == 2).all()
     assert (old.arena.slots_array[0] == 9).all()
@@ -205,7 +253,7 @@ def test_what_is_planned_for_the_new_arena_goes_there(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     old, new = servers(1), servers(2)
-    pages.gate.set()
+    pages.open()
     step(stager, old.handle(), LoadJob("a", COPY))
     step(stager, new.handle(), LoadJob("b", COPY))
     assert results(stager, 2).failed_loads == set()
@@ -220,7 +268,7 @@ def test_the_old_lifeline_is_held_until_the_old_copies_are_through(
     old.hang_up()
     step(stager, new.handle())
     assert old.has_writers(), "a copy into the old arena has not begun yet"
-    pages.gate.set()
+    pages.open()
     wait_until(lambda: not old.has_writers())
     assert new.has_writers()
     new.hang_up()
@@ -230,7 +278,7 @@ def test_a_new_connection_to_the_same_arena_is_held_in_place_of_the_old_one(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     server = servers(1)
-    pages.gate.set()
+    pages.open()
     step(stager, server.handle())
     server.hang_up(0)
     step(stager, server.handle(), LoadJob("a", COPY))
@@ -244,7 +292,7 @@ def test_without_an_arena_everything_fails_and_the_lifeline_is_let_go(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     server = servers(1)
-    pages.gate.set()
+    pages.open()
     step(stager, server.handle())
     server.hang_up()
     step(stager, None, LoadJob("a", COPY), SaveJob(1, "a", COPY))
@@ -259,7 +307,7 @@ def test_an_arena_that_cannot_be_mapped_fails_its_jobs_and_not_the_rank(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     gone, later = servers(1), servers(2)
-    pages.gate.set()
+    pages.open()
     step(stager, msgspec.structs.replace(gone.handle(), arena_id=bytes(16)), LoadJob("a", COPY))
     gone.hang_up()
     through = results(stager, 1)
@@ -270,12 +318,115 @@ def test_an_arena_that_cannot_be_mapped_fails_its_jobs_and_not_the_rank(
 
 
 def test_an_embedded_arena_that_cannot_be_mapped_switches_the_rank_off(stager: Stager, pages: Pages) -> None:
-    pages.gate.set()
+    pages.open()
     with_nothing = Arena.create(2, LAYOUT.slot_bytes)
     handle = msgspec.structs.replace(with_nothing.handle, arena_id=bytes(16))
     step(stager, handle, LoadJob("a", COPY))
     assert "cannot map the arena" in results(stager, 1).report.problem
     with_nothing.close()
+
+
+# Two directions
+
+OTHER_PAGE = (BlockCopy(1, GENERATION, 0, (1,)),)
+
+
+def test_a_load_does_not_wait_for_saves_of_other_pages(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    server = servers(1)
+    step(stager, server.handle(), SaveJob(1, "a", COPY))
+    step(stager, server.handle(), LoadJob("b", OTHER_PAGE))
+    pages.scatters.gate.set()
+    found = results(stager, 1)
+    assert (found.loaded, found.failed_loads, found.report.saved) == ({"b"}, set(), {})
+
+
+def test_a_save_does_not_wait_for_loads(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    server = servers(1)
+    step(stager, server.handle(), LoadJob("a", COPY))
+    step(stager, server.handle(), SaveJob(1, "b", OTHER_PAGE))
+    pages.gathers.gate.set()
+    found = results(stager, 1)
+    assert (found.loaded, found.report.saved, found.report.failed_saves) == (set(), {1: 1}, set())
+
+
+def test_a_load_comes_behind_earlier_saves_of_its_pages(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    """They were given to another request while the save still reads them."""
+    old = servers(1)
+    pages.page[:] = 9
+    step(stager, old.handle(), SaveJob(1, "a", COPY))
+    pages.scatters.gate.set()
+    step(stager, old.handle(), LoadJob("b", (BlockCopy(1, GENERATION, 0, (0,)),)))
+    with pytest.raises(TimeoutError):
+        until_reported(stager, "b", 0.05)
+    pages.gathers.gate.set()
+    until_reported(stager, "b", DEADLINE_S)
+    assert (old.arena.slots_array[0] == 9).all()
+    assert pages.page[0] == 1
+
+
+def test_what_is_read_from_a_peer_comes_behind_earlier_saves_of_its_pages(
+    pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    peers = Peers()
+    stager = Stager(pages, LAYOUT, LAYOUT.shard(0, 1), peers)  # type: ignore[arg-type]
+    step(stager, servers(1).handle(), SaveJob(1, "a", COPY))
+    step(stager, None, LoadJob("b", (), PEER_READ))
+    assert not peers.is_asked.wait(0.05)
+    pages.open()
+    assert peers.is_asked.wait(DEADLINE_S)
+    stager.close()
+
+
+def test_a_load_goes_on_when_a_save_of_its_pages_does_not_end(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the engine does: the save is not committed, whatever it has read."""
+    monkeypatch.setattr(stager_module, "_FENCE_DEADLINE_S", 0.05)
+    server = servers(1)
+    pages.scatters.gate.set()
+    step(stager, server.handle(), SaveJob(1, "a", COPY))
+    step(stager, server.handle(), LoadJob("b", COPY))
+    assert results(stager, 1).loaded == {"b"}
+    pages.gathers.gate.set()
+    assert results(stager, 1).report.failed_saves == {1}
+
+
+@pytest.mark.parametrize("is_load_last", [True, False])
+def test_an_arena_is_let_go_of_when_both_directions_are_through(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server], is_load_last: bool
+) -> None:
+    old, new = servers(1), servers(2)
+    step(stager, old.handle(), LoadJob("a", COPY), SaveJob(1, "b", OTHER_PAGE))
+    step(stager, new.handle())
+    first, last = (pages.gathers, pages.scatters) if is_load_last else (pages.scatters, pages.gathers)
+    first.gate.set()
+    results(stager, 1)
+    assert pages.detached == []
+    last.gate.set()
+    wait_until(lambda: pages.detached != [])
+    assert pages.detached == [1]
+
+
+def test_a_release_comes_behind_its_saves_and_no_load_holds_it_up(
+    stager: Stager, pages: Pages, servers: Callable[[int], Server]
+) -> None:
+    server = servers(1)
+    step(stager, server.handle(), LoadJob("a", COPY), SaveJob(1, "b", OTHER_PAGE))
+    stager.submit_saves(StepJobs(arena=server.arena.handle, layout=LAYOUT, releases=["b"]))
+    assert stager.take_results().released == set()
+    pages.gathers.gate.set()
+    found = stager.take_results()
+    end = time.monotonic() + DEADLINE_S
+    while not found.released:
+        assert time.monotonic() < end
+        found = stager.take_results()
+    assert found.released == {"b"}
 
 
 # Batches
@@ -292,7 +443,7 @@ MANY = COPY * 5
 def test_many_blocks_are_copied_in_bounded_batches(
     small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
-    pages.gate.set()
+    pages.open()
     step(stager, servers(1).handle(), LoadJob("a", MANY))
     assert results(stager, 1).failed_loads == set()
     assert pages.batches == [2, 2, 1]
@@ -302,7 +453,7 @@ def test_a_slot_that_changes_hands_between_two_batches_ends_the_load(
     small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     server = servers(1)
-    pages.gate.set()
+    pages.open()
     pages.on_copy = lambda: server.arena.set_generation(0, GENERATION + 1)
     step(stager, server.handle(), LoadJob("a", MANY))
     assert results(stager, 1).failed_loads == {"a"}
@@ -313,7 +464,7 @@ def test_a_slot_that_changes_hands_under_the_last_batch_fails_the_load(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     server = servers(1)
-    pages.gate.set()
+    pages.open()
     pages.on_copy = lambda: server.arena.set_generation(0, GENERATION + 1)
     step(stager, server.handle(), LoadJob("a", COPY))
     assert results(stager, 1).failed_loads == {"a"}
@@ -327,7 +478,7 @@ def test_a_save_that_was_given_up_stops_after_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stager_module, "_FENCE_DEADLINE_S", 0.0)
-    pages.gate.set()
+    pages.open()
     pages.on_copy = lambda: stager.fence([7])
     step(stager, servers(1).handle(), SaveJob(7, "a", MANY))
     assert results(stager, 1).report.failed_saves == {7}
@@ -337,7 +488,7 @@ def test_a_save_that_was_given_up_stops_after_the_batch(
 def test_a_rank_that_is_switched_off_stops_after_the_batch(
     small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
-    pages.gate.set()
+    pages.open()
     pages.on_copy = lambda: stager.disable("switched off")
     step(stager, servers(1).handle(), LoadJob("a", MANY))
     assert results(stager, 1).failed_loads == {"a"}
@@ -348,7 +499,7 @@ def test_a_job_is_not_reported_while_its_copies_are_under_way(
     small_batches: None, stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     """Also where a later batch fails: its pages are given to others as soon as the job is reported."""
-    pages.gate.set()
+    pages.open()
 
     def fail_at_the_second() -> None:
         if len(pages.batches) == 2:
@@ -374,7 +525,7 @@ def test_a_job_is_not_reported_while_its_copies_are_under_way(
 def test_pages_that_do_not_exist_are_not_left_out_in_silence(
     stager: Stager, pages: Pages, servers: Callable[[int], Server], copy: BlockCopy
 ) -> None:
-    pages.gate.set()
+    pages.open()
     step(stager, servers(1).handle(), LoadJob("a", (copy,)))
     assert results(stager, 1).failed_loads == {"a"}
     assert pages.batches == []
@@ -384,7 +535,7 @@ def test_staging_lets_go_of_an_arena_before_it_is_unmapped(
     stager: Stager, pages: Pages, servers: Callable[[int], Server]
 ) -> None:
     old, new = servers(1), servers(2)
-    pages.gate.set()
+    pages.open()
     step(stager, old.handle(), LoadJob("a", COPY))
     step(stager, new.handle(), LoadJob("b", COPY))
     results(stager, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from played_device import PlayedDevice
+from staging_kit import finish, follow
 
 from kvferry.connector.arena import Arena
 from kvferry.connector.config import CudaConfig
@@ -291,9 +292,9 @@ def test_a_pool_on_a_gpu_is_staged_by_it_as_one_on_the_host(
     arenas = [Arena.create(2, block.slot_bytes) for _ in range(2)]
     batch = np.array([[5, 1], [-1, 3]], np.int32), np.array([1, 0])
     for staging, arena in zip((on_gpu, HostStaging(memory, layout, block, shard)), arenas, strict=True):
-        staging.wait(staging.mark())
-        staging.gather(*batch, arena.slots_array)
-        staging.finish()
+        follow(staging)
+        staging.gathers.copy(*batch, arena.slots_array)
+        finish(staging)
         staging.detach(arena.slots_array)
     assert arenas[0].slots_array.any()
     assert np.array_equal(arenas[0].slots_array, arenas[1].slots_array)
@@ -327,7 +328,7 @@ def test_torchs_views_of_pages_are_where_the_layout_says(stride: int | None) -> 
         round_trip(staging, pages.layers, BLOCK, shard)
         assert all(torch.equal(layer, kept) for layer, kept in zip(pages.layers, before, strict=True))
         arena = Arena.create(1, BLOCK.slot_bytes)
-        staging.gather(np.array([[0, 5]], np.int32), np.array([0]), arena.slots_array)
+        staging.gathers.copy(np.array([[0, 5]], np.int32), np.array([0]), arena.slots_array)
         arena.close()
         wrong = [layer.flip(3) for layer in pages.layers]
         with pytest.raises(LayoutError, match="layer 0"):

@@ -13,7 +13,7 @@ numpy releases the GIL while it copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -23,7 +23,7 @@ from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.packed import PackedRuns
 
-__all__ = ["BatchBounds", "Bytes", "HostStaging", "PageIds", "SlotIds", "Staging"]
+__all__ = ["BatchBounds", "Bytes", "Copies", "HostStaging", "PageIds", "SlotIds", "Staging"]
 
 Bytes = npt.NDArray[np.uint8]
 PageIds = npt.NDArray[np.int32]
@@ -50,54 +50,67 @@ class _LayerGroup(NamedTuple):
     slot_strides: tuple[int, ...]
 
 
-class Staging(Protocol):
-    """Copies one rank's shard of blocks between engine pages and the slots of an arena, many blocks at a time.
+class Copies(Protocol):
+    """Copies in one direction, many blocks at a time: of a ``Staging``.
 
     A batch is ``page_ids`` ``[blocks, pages_per_block]`` int32 and ``slots`` ``[blocks]`` int64. ``page_ids[i, j]`` is
     the engine's page with the tokens of page j of the block in slot ``slots[i]``. A negative id means: not this page
     of the block; its bytes are left alone on either side. So are a slot's bytes of other shards.
 
-    Copies may still be under way when a call returns, and those of several calls are in no order: between two
-    ``finish`` nothing that is written may be read or written by another copy. A call that raises LayoutError has copied
-    nothing; after any other error ``finish`` comes first, then nothing is under way any more.
-
-    ``mark`` is called on the engine's thread, everything else on the stager's.
+    Used by one thread at a time.
     """
 
-    @property
-    def pages_per_block(self) -> int:
-        """Engine pages that make up one block."""
-
-    def mark(self) -> object:
-        """Return a point in the engine's work that copies submitted now must come after."""
-
     def wait(self, mark: object) -> None:
-        """Have all later copies come after ``mark``."""
+        """Have all later copies come after a ``Staging.mark``."""
 
-    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        """Copy blocks out of the engine's pages into slots.
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Copy blocks. They may still be under way when this returns, and those of several calls are in no order.
+
+        A call that raises LayoutError has copied nothing. After any other error ``finish`` comes first.
 
         Args:
-            page_ids: See the class.
-            slots: Where the blocks go, each at most once.
-            arena: All slots, ``[slots, slot_bytes]`` uint8, contiguous; stays mapped until ``detach``.
+            page_ids: See the class. Where pages are written, each at most once.
+            slots: Those of the blocks. Where slots are written, each at most once.
+            arena: All slots, ``[slots, slot_bytes]`` uint8, contiguous; stays mapped until ``Staging.detach``.
 
         Raises:
             LayoutError: Ids or slots that do not exist, or arrays of other shapes or types.
             DeviceError: A GPU refused.
         """
 
-    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        """Copy blocks out of slots into the engine's pages: as ``gather``, the other way; no page more than once."""
-
     def finish(self) -> None:
-        """Wait until all copies so far are complete and visible to everybody."""
+        """Wait until all copies so far, also after an error, are complete and visible to everybody."""
+
+
+class Staging(Protocol):
+    """Copies one rank's shard of blocks between engine pages and the slots of an arena.
+
+    Each direction has a thread of its own, and both go on at once. Until a direction has been finished, nothing that it
+    writes may be read or written by another copy of either direction.
+
+    ``mark`` is called on the engine's thread.
+    """
+
+    @property
+    def pages_per_block(self) -> int:
+        """Engine pages that make up one block."""
+
+    @property
+    def gathers(self) -> Copies:
+        """Copies blocks out of the engine's pages into slots."""
+
+    @property
+    def scatters(self) -> Copies:
+        """Copies blocks out of slots into the engine's pages."""
+
+    def mark(self) -> object:
+        """Return a point in the engine's work that copies submitted now must come after."""
 
     def detach(self, arena: Bytes) -> None:
-        """Let go of an arena, which is about to be unmapped. Nothing may be under way."""
+        """Let go of an arena, which is about to be unmapped. No copy from or to it may be under way."""
 
     def close(self) -> None:
-        """Let go of everything. Idempotent."""
+        """Let go of everything. Idempotent; neither direction's thread may be at work."""
 
 
 class BatchBounds(NamedTuple):
@@ -162,6 +175,22 @@ class _PlainRuns:
         np.copyto(in_pages, in_slot)
 
 
+class _Complete:
+    """A direction whose copies are complete when they return, of an engine that works only in between."""
+
+    def __init__(self, copy: Callable[[PageIds, SlotIds, Bytes], None]) -> None:
+        self._copy = copy
+
+    def wait(self, mark: object) -> None:
+        pass
+
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._copy(page_ids, slots, arena)
+
+    def finish(self) -> None:
+        pass
+
+
 class HostStaging:
     """Copies one rank's shard of blocks between engine pages in host memory and arena slots: see ``Staging``.
 
@@ -193,12 +222,19 @@ class HostStaging:
         """Engine pages that make up one block."""
         return self._bounds.pages_per_block
 
+    @property
+    def gathers(self) -> Copies:
+        """``gather``, as a direction of a ``Staging``."""
+        return _Complete(self.gather)
+
+    @property
+    def scatters(self) -> Copies:
+        """``scatter``, as a direction of a ``Staging``."""
+        return _Complete(self.scatter)
+
     def mark(self) -> object:
         """Return nothing of use: the engine's work is over."""
         return None
-
-    def wait(self, mark: object) -> None:
-        """Return at once."""
 
     def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
         """Copy blocks out of the engine's pages into slots. Blocks until they are there."""
@@ -211,9 +247,6 @@ class HostStaging:
         self._bounds.check_scatter(page_ids, slots, arena)
         for in_pages, in_slot in self._pairs(page_ids, slots, arena):
             self._runs.pack(in_slot, in_pages)
-
-    def finish(self) -> None:
-        """Return at once."""
 
     def detach(self, arena: Bytes) -> None:
         """Do nothing: no arena is held."""

@@ -6,7 +6,7 @@ the way where pages are long runs (``CopyGeometry.runs_per_page`` is small), and
 Where the driver copies many pieces in one call (``cuMemcpyBatchAsync``), they are handed over as arrays of addresses,
 worked out for a whole batch at once; elsewhere each costs a call. Which of the two is the ``CopyCall``.
 
-Owned by the stager's thread. Each direction has a stream, the one of loads is urgent.
+Each direction has a stream, the one of loads is urgent. Nothing is common to both but what never changes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from kvferry.connector.staging import PageIds
 from kvferry.cuda.driver import Addresses, Device, Event, Stream, wait_for_all
 from kvferry.cuda.geometry import CopyGeometry
+from kvferry.cuda.staging import PathCopies
 
 __all__ = ["CopyCall", "DirectPath", "copy_batch", "copy_each"]
 
@@ -52,37 +53,35 @@ class DirectPath:
     """
 
     def __init__(self, device: Device, pages: int, geometry: CopyGeometry, copy: CopyCall) -> None:
-        self._pages = pages
-        self._geometry = geometry
-        self._in_page, self._in_shard = geometry.runs()
-        self._copy = copy
-        self._save, self._load = device.stream(is_urgent=False), device.stream(is_urgent=True)
-        self._end = device.event()
+        runs = _Runs(pages, geometry)
+        self._gathers = _Gathers(runs, copy, device.stream(is_urgent=False), device.event())
+        self._scatters = _Scatters(runs, copy, device.stream(is_urgent=True), device.event())
 
-    def wait(self, mark: Event) -> None:
-        """Have later copies come after ``mark``."""
-        self._save.wait(mark)
-        self._load.wait(mark)
+    @property
+    def gathers(self) -> PathCopies:
+        """Queues copies out of pages."""
+        return self._gathers
 
-    def gather(self, page_ids: PageIds, shards: Addresses) -> None:
-        """Queue copies of pages ``page_ids[i, j]`` to page j of the shard at ``shards[i]``."""
-        in_pages, in_shards = self._pairs(page_ids, shards)
-        self._queue(self._save, in_shards, in_pages)
-
-    def scatter(self, page_ids: PageIds, shards: Addresses) -> None:
-        """Queue copies of page j of the shard at ``shards[i]`` to pages ``page_ids[i, j]``."""
-        in_pages, in_shards = self._pairs(page_ids, shards)
-        self._queue(self._load, in_pages, in_shards)
-
-    def finish(self) -> None:
-        """Wait until everything queued is done."""
-        wait_for_all((self._save, self._load), self._end)
+    @property
+    def scatters(self) -> PathCopies:
+        """Queues copies into pages."""
+        return self._scatters
 
     def close(self) -> None:
         """Do nothing: streams go with their last reference."""
 
-    def _pairs(self, page_ids: PageIds, shards: Addresses) -> tuple[Addresses, Addresses]:
-        """Return where every run lies on either side: addresses in pages and in shards."""
+
+class _Runs:
+    """Where every run of a page and of a shard lies."""
+
+    def __init__(self, pages: int, geometry: CopyGeometry) -> None:
+        self._pages = pages
+        self._geometry = geometry
+        self._in_page, self._in_shard = geometry.runs()
+        self.nbytes = geometry.run_bytes
+
+    def pairs(self, page_ids: PageIds, shards: Addresses) -> tuple[Addresses, Addresses]:
+        """Return where the runs of a batch lie on either side: addresses in pages and in shards."""
         rows, indices = np.nonzero(page_ids >= 0)
         pages = self._pages + page_ids[rows, indices].astype(np.int64) * self._geometry.page_stride
         in_block = shards[rows].astype(np.int64) + indices * self._geometry.page_shard_stride
@@ -90,8 +89,36 @@ class DirectPath:
         in_shards = np.add.outer(in_block, self._in_shard).ravel()
         return in_pages.view(np.uint64), in_shards.view(np.uint64)
 
-    def _queue(self, stream: Stream, targets: Addresses, sources: Addresses) -> None:
-        sizes = np.full(min(len(targets), _MOST_COPIES), self._geometry.run_bytes, np.uint64)
+
+class _Direction:
+    """What both directions have in common."""
+
+    def __init__(self, runs: _Runs, copy: CopyCall, stream: Stream, end: Event) -> None:
+        self._runs = runs
+        self._copy = copy
+        self._stream = stream
+        self._end = end
+
+    def wait(self, mark: Event) -> None:
+        self._stream.wait(mark)
+
+    def finish(self) -> None:
+        wait_for_all((self._stream,), self._end)
+
+    def _queue(self, targets: Addresses, sources: Addresses) -> None:
+        sizes = np.full(min(len(targets), _MOST_COPIES), self._runs.nbytes, np.uint64)
         for start in range(0, len(targets), _MOST_COPIES):
             some = targets[start : start + _MOST_COPIES]
-            self._copy(stream, some, sources[start : start + _MOST_COPIES], sizes[: len(some)])
+            self._copy(self._stream, some, sources[start : start + _MOST_COPIES], sizes[: len(some)])
+
+
+class _Gathers(_Direction):
+    def copy(self, page_ids: PageIds, shards: Addresses) -> None:
+        in_pages, in_shards = self._runs.pairs(page_ids, shards)
+        self._queue(in_shards, in_pages)
+
+
+class _Scatters(_Direction):
+    def copy(self, page_ids: PageIds, shards: Addresses) -> None:
+        in_pages, in_shards = self._runs.pairs(page_ids, shards)
+        self._queue(in_pages, in_shards)

@@ -38,8 +38,8 @@ PATHS: tuple[PathName, ...] = get_args(PathName)
 _UNMEASURED: tuple[PathName, ...] = ("kernel", "batch", "copies")
 """The order in which paths are tried where nothing could be measured."""
 
-_RING_PARTS = 4
-"""Two for each direction, so that saves and loads that overlap need not wait for one another."""
+_RING_PARTS = 2
+"""Of each direction: one is on the link, a kernel works on the other."""
 _DEADLINE_S = 1.0
 """For all trials together. A copy that has begun is not cut off, but no other follows it."""
 _ROUNDS = 5
@@ -84,11 +84,6 @@ class Paths:
         self._device = device
         self._ring = RingSize(config.ring_bytes, _RING_PARTS, config.thread_blocks)
         self._compiled = functools.cache(compiled or kept_kernels)
-
-    @property
-    def part_bytes(self) -> int:
-        """What the kernel path moves at once, where it is more than a block."""
-        return self._ring.nbytes // self._ring.parts
 
     def make(self, name: PathName, pages: int, geometry: CopyGeometry) -> CopyPath:
         """Return a path.
@@ -225,15 +220,15 @@ def _trial(scratch: Scratch, path: PathName, paths: Paths, clock: Callable[[], f
     batch = scratch.page_ids[some], scratch.slot_ids[some], scratch.slots
     staging = scratch.staging(functools.partial(paths.make, path))
     try:
-        copies = (staging.gather, staging.scatter)
+        directions = (staging.gathers, staging.scatters)
         taken: list[list[float]] = []
         end = clock() + _DEADLINE_S / len(PATHS)
         for _ in range(_ROUNDS + 1):
             seconds = []
-            for copy in copies:
+            for direction in directions:
                 started = clock()
-                copy(*batch)
-                staging.finish()
+                direction.copy(*batch)
+                direction.finish()
                 seconds.append(clock() - started)
             taken.append(seconds)
             if clock() >= end:

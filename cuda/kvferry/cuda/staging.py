@@ -5,16 +5,19 @@ to the GPU, and orders copies against the engine's work by events. How the bytes
 kernels and a ring of device memory (``ring``), or by DMA straight from page to slot (``batch``).
 
 Who owns what
+  * Each direction belongs to a thread, with all of its path's streams, events and memory. Only arenas are common to
+    both: whichever needs one first registers it, which pins its memory and takes a while, under a lock. It is let go
+    of in ``detach``, before it is unmapped.
   * A mark is an event on the engine's stream, made on the engine's thread. The path's streams wait for it, no thread
     does. The other way round, ``finish`` waits on the host: only then are pages and slots given to others.
-  * An arena is registered when it is first used, which pins its memory and takes a while, on the stager's thread; it is
-    let go of in ``detach``, before it is unmapped.
   * Nothing here waits for the whole device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 
@@ -22,33 +25,42 @@ import numpy as np
 
 from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
-from kvferry.connector.staging import BatchBounds, Bytes, PageIds, SlotIds
+from kvferry.connector.staging import BatchBounds, Bytes, Copies, PageIds, SlotIds
 from kvferry.cuda.driver import Addresses, Device, Event, Held, do_all
 from kvferry.cuda.geometry import CopyGeometry, copy_geometry
 
-__all__ = ["CopyPath", "DevicePages", "DeviceStaging"]
+__all__ = ["CopyPath", "DevicePages", "DeviceStaging", "PathCopies"]
 
 
-class CopyPath(Protocol):
-    """A way to move shards. Called by one thread; every call may raise DeviceError."""
+class PathCopies(Protocol):
+    """One direction of a path. Used by one thread at a time; every call may raise DeviceError."""
 
     def wait(self, mark: Event) -> None:
         """Have whatever touches the engine's pages from now on come after ``mark``."""
 
-    def gather(self, page_ids: PageIds, shards: Addresses) -> None:
-        """Queue copies of pages ``page_ids[i, j]`` to page j of the shard at ``shards[i]``, in registered memory.
+    def copy(self, page_ids: PageIds, shards: Addresses) -> None:
+        """Queue copies between pages ``page_ids[i, j]`` and page j of the shard at ``shards[i]``, in registered memory.
 
         Ids exist, negative ones are left out; no row is without a page.
         """
-
-    def scatter(self, page_ids: PageIds, shards: Addresses) -> None:
-        """Queue copies of page j of the shard at ``shards[i]`` to pages ``page_ids[i, j]``."""
 
     def finish(self) -> None:
         """Wait until everything queued is done, also where queueing ended early.
 
         Every stream is waited for, also behind one that refused.
         """
+
+
+class CopyPath(Protocol):
+    """A way to move shards."""
+
+    @property
+    def gathers(self) -> PathCopies:
+        """Moves shards out of pages."""
+
+    @property
+    def scatters(self) -> PathCopies:
+        """Moves shards into pages."""
 
     def close(self) -> None:
         """Give back what is held, also behind something that was refused. Idempotent; nothing may be queued."""
@@ -111,18 +123,31 @@ class DeviceStaging:
         device.activate()
         geometry = pages.geometry(device)
         self._device = device
-        self._path = make_path(geometry)
+        self._path = path = make_path(geometry)
         self._engine_stream = engine_stream
-        self._slot_offset = geometry.slot_offset
-        self._bounds = BatchBounds.of(pages.layout, pages.block)
-        self._registered: dict[int, Held] = {}
+        self._arenas = _Arenas(device)
+        bounds = BatchBounds.of(pages.layout, pages.block)
+        self._pages_per_block = bounds.pages_per_block
+        first = geometry.slot_offset
+        self._gathers = _DeviceCopies(device, path.gathers, bounds.check_gather, self._arenas, first)
+        self._scatters = _DeviceCopies(device, path.scatters, bounds.check_scatter, self._arenas, first)
         self.path_name = path_name
         """By which other stagings of the same pages can be made without measuring again."""
 
     @property
     def pages_per_block(self) -> int:
         """Engine pages that make up one block."""
-        return self._bounds.pages_per_block
+        return self._pages_per_block
+
+    @property
+    def gathers(self) -> Copies:
+        """Queues copies of blocks out of the engine's pages into slots."""
+        return self._gathers
+
+    @property
+    def scatters(self) -> Copies:
+        """Queues copies of blocks out of slots into the engine's pages."""
+        return self._scatters
 
     def mark(self) -> Event:
         """Return an event behind the work that is queued on the engine's stream now."""
@@ -131,32 +156,10 @@ class DeviceStaging:
         self._device.engine_stream(self._engine_stream()).record(event)
         return event
 
-    def wait(self, mark: object) -> None:
-        """Have all later copies come after ``mark``. Does not block."""
-        self._device.activate()
-        self._path.wait(cast(Event, mark))
-
-    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        """Queue copies of blocks out of the engine's pages into slots."""
-        self._bounds.check_gather(page_ids, slots, arena)
-        self._copy(self._path.gather, page_ids, slots, arena)
-
-    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        """Queue copies of blocks out of slots into the engine's pages."""
-        self._bounds.check_scatter(page_ids, slots, arena)
-        self._copy(self._path.scatter, page_ids, slots, arena)
-
-    def finish(self) -> None:
-        """Wait until all copies so far are complete."""
-        self._device.activate()
-        self._path.finish()
-
     def detach(self, arena: Bytes) -> None:
-        """Let go of an arena, which is about to be unmapped. Nothing may be under way."""
-        held = self._registered.pop(arena.ctypes.data, None)
-        if held is not None:
-            self._device.activate()
-            held.close()
+        """Let go of an arena, which is about to be unmapped. No copy from or to it may be under way."""
+        self._device.activate()
+        self._arenas.let_go(arena)
 
     def close(self) -> None:
         """Wait for what is under way and let go of everything. Idempotent.
@@ -167,35 +170,81 @@ class DeviceStaging:
         Raises:
             DeviceError: The first refusal.
         """
-        arenas = [self._registered.popitem()[1] for _ in range(len(self._registered))]
-        do_all([self._device.activate, self._finish, self._path.close, *(arena.close for arena in arenas)])
+        ways = [functools.partial(_finish, way) for way in (self._path.gathers, self._path.scatters)]
+        do_all([self._device.activate, *ways, self._path.close, self._arenas.let_all_go])
 
-    def _finish(self) -> None:
-        try:
-            self._path.finish()
-        except DeviceError:
-            with contextlib.suppress(DeviceError):
-                self._path.finish()
-            raise
 
-    def _copy(
+class _DeviceCopies:
+    """One direction: ``Copies`` over a path's."""
+
+    def __init__(
         self,
-        copy: Callable[[PageIds, Addresses], None],
-        page_ids: PageIds,
-        slots: SlotIds,
-        arena: Bytes,
+        device: Device,
+        way: PathCopies,
+        check: Callable[[PageIds, SlotIds, Bytes], None],
+        arenas: _Arenas,
+        slot_offset: int,
     ) -> None:
+        self._device = device
+        self._way = way
+        self._check = check
+        self._arenas = arenas
+        self._slot_offset = slot_offset
+
+    def wait(self, mark: object) -> None:
+        """Have all later copies come after ``mark``. Does not block."""
+        self._device.activate()
+        self._way.wait(cast(Event, mark))
+
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        """Queue copies; may block until the path has room for them."""
+        self._check(page_ids, slots, arena)
         has_pages = (page_ids >= 0).any(axis=1)
         if not has_pages.any():
             return
         self._device.activate()
-        first = self._known(arena) + self._slot_offset
+        first = self._arenas.address(arena) + self._slot_offset
         shards = first + slots[has_pages] * arena.shape[1]
-        copy(page_ids[has_pages], shards.view(np.uint64))
+        self._way.copy(page_ids[has_pages], shards.view(np.uint64))
 
-    def _known(self, arena: Bytes) -> int:
-        """Make an arena known to the GPU; return its address."""
+    def finish(self) -> None:
+        """Wait until all copies so far are complete."""
+        self._device.activate()
+        self._way.finish()
+
+
+class _Arenas:
+    """Arenas that are known to the GPU. Any thread that the device is active on may call."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._registered: dict[int, Held] = {}
+
+    def address(self, arena: Bytes) -> int:
+        """Return where an arena is for the GPU, to which it is made known."""
         address = arena.ctypes.data
-        if address not in self._registered:
-            self._registered[address] = self._device.register_host(address, arena.nbytes)
+        with self._lock:
+            if address not in self._registered:
+                self._registered[address] = self._device.register_host(address, arena.nbytes)
         return address
+
+    def let_go(self, arena: Bytes) -> None:
+        with self._lock:
+            held = self._registered.pop(arena.ctypes.data, None)
+        if held is not None:
+            held.close()
+
+    def let_all_go(self) -> None:
+        with self._lock:
+            held = [self._registered.popitem()[1] for _ in range(len(self._registered))]
+        do_all(one.close for one in held)
+
+
+def _finish(way: PathCopies) -> None:
+    try:
+        way.finish()
+    except DeviceError:
+        with contextlib.suppress(DeviceError):
+            way.finish()
+        raise

@@ -17,7 +17,7 @@ import numpy as np
 from kvferry.connector.arena import Arena
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout, Shard
-from kvferry.connector.staging import Bytes, Staging
+from kvferry.connector.staging import Bytes, Copies, PageIds, SlotIds, Staging
 
 if TYPE_CHECKING:
     import torch
@@ -74,22 +74,25 @@ def round_trip(
     arena.slots_array[:] = 0x5A
     try:
         written = _write_tokens(views, pages[0], patterns, write_tokens)
-        staging.wait(staging.mark())
-        staging.gather(page_ids, slots, arena.slots_array)
-        staging.finish()
+        _copy(staging, staging.gathers, page_ids, slots, arena)
         _compare_slots(arena.slots_array, patterns, block, shard)
         _write(views, pages[0], [torch.full_like(pattern, 0xA5) for pattern in patterns])
-        staging.wait(staging.mark())
-        staging.scatter(page_ids, slots, arena.slots_array)
-        staging.finish()
+        _copy(staging, staging.scatters, page_ids, slots, arena)
         for index, (view, expected) in enumerate(zip(views, written, strict=True)):
             if not torch.equal(view[pages[0] :].cpu(), expected):
                 raise LayoutError(f"layer {index} does not get its bytes back from a block")
     finally:
-        staging.finish()
         _write(views, pages[0], saved)
         staging.detach(arena.slots_array)
         arena.close()
+
+
+def _copy(staging: Staging, copies: Copies, page_ids: PageIds, slots: SlotIds, arena: Arena) -> None:
+    copies.wait(staging.mark())
+    try:
+        copies.copy(page_ids, slots, arena.slots_array)
+    finally:
+        copies.finish()
 
 
 def _write_tokens(

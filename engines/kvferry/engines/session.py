@@ -321,8 +321,8 @@ class EngineSessions:
         session.note_regret(self.prefill.seconds(self._block_tokens))
         self._on_record(session.record)
         if request_id in self._loads:
-            # The engine holds the pages until the load is reported, and the workers finish the
-            # saves before it: they copy in order.
+            # The engine holds the pages until the load is reported. No save reads them: whatever this request
+            # saved before lay in pages that it no longer has.
             return False
         self._service.release_owner(request_id)
         if is_held:

@@ -2,16 +2,16 @@
 
 Who owns what
   * The engine's worker thread submits jobs and collects results; it waits only in ``fence``.
-  * One thread, ``kvferry-stager-<rank>``, copies, strictly in the order of submission. That order is
-    relied upon: a request's release comes after its saves, a load into reused pages after the save
-    that still reads them.
+  * One thread copies what is loaded, ``kvferry-loader-<rank>``, and one what is saved, ``kvferry-saver-<rank>``, each
+    strictly in the order of submission and neither behind the other: a long save must not keep a request waiting, and
+    the link carries both directions at once. A request's release comes behind its saves.
+  * A load waits for earlier saves that still read its pages. Nothing else needs an order between the two: pages that
+    are being loaded are saved only when the load was reported, and the scheduler leases no slot that is reserved.
   * What a load reads from a peer comes after its copies, and is not waited for: ``PeerReads`` has threads of its own,
     and answers there.
   * A job belongs to the arena that it was planned for and touches no other: slot numbers mean nothing elsewhere.
-    When the scheduler names another arena, or another way to it, or none, the one before is let go behind the jobs
-    that were submitted for it.
-  * A copy is good only if the slot's generation was the expected one before and after it; otherwise
-    the load is reported as failed and the engine recomputes, or the save is not committed.
+    When the scheduler names another arena, or another way to it, or none, the one before is let go when both threads
+    are through with what was submitted for it.
   * A job is reported only when none of its copies is under way any more, however it ended: its pages and slots are
     then given to others.
 """
@@ -19,19 +19,20 @@ Who owns what
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
 from kvferry.connector.arena import Arena, ArenaHandle
 from kvferry.connector.errors import HandoffFailed, KVFerryError
 from kvferry.connector.layout import BlockLayout, Shard
-from kvferry.connector.staging import Staging
+from kvferry.connector.staging import Copies, Staging
+from kvferry.engines.copying import copy_blocks
 from kvferry.engines.handoff.reading import PeerReads
-from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport, copy_batches
+from kvferry.engines.jobs import LoadJob, SaveJob, StepJobs, WorkerReport
+from kvferry.engines.ordered import OrderedThread
 
 __all__ = ["Stager", "StagerResults"]
 
@@ -43,9 +44,9 @@ _RETRY_S = 1.0
 """Between two attempts to map an arena of a cache server."""
 
 
-class _Submitted(NamedTuple):
-    job: LoadJob | SaveJob | str | None
-    """A load, a save, the id of a request to release, or None: let go of the arena."""
+class _Plan(NamedTuple):
+    """What the copies of a job depend on."""
+
     mark: object
     arena: Arena | None
 
@@ -61,7 +62,7 @@ class StagerResults(NamedTuple):
 
 
 class Stager:
-    """Carries out a rank's jobs on a thread of its own.
+    """Carries out a rank's jobs on threads of its own.
 
     Args:
         staging: Copies between this rank's pages and slots. Closed with the stager.
@@ -90,13 +91,13 @@ class Stager:
         self._handle: ArenaHandle | None = None
         self._retry_at = 0.0
         self._problem = ""
-        self._queue: queue.SimpleQueue[_Submitted | None] = queue.SimpleQueue()
         self._state = threading.Condition()
-        self._open_saves: set[int] = set()
+        self._open_saves: dict[int, frozenset[int]] = {}
+        """The pages that each of them reads."""
         self._cancelled: set[int] = set()
         self._results = StagerResults(set(), set(), set(), WorkerReport())
-        self._thread = threading.Thread(target=self._run, name=f"kvferry-stager-{shard.rank}", daemon=True)
-        self._thread.start()
+        self._loader = OrderedThread(f"kvferry-loader-{shard.rank}")
+        self._saver = OrderedThread(f"kvferry-saver-{shard.rank}")
 
     def fence(self, job_ids: Iterable[int]) -> None:
         """Wait until the given saves no longer read their pages.
@@ -107,34 +108,36 @@ class Stager:
         if not waited_for:
             return
         with self._state:
-            if not self._state.wait_for(lambda: not waited_for & self._open_saves, _FENCE_DEADLINE_S):
-                late = waited_for & self._open_saves
+            if not self._state.wait_for(lambda: not waited_for & self._open_saves.keys(), _FENCE_DEADLINE_S):
+                late = waited_for & self._open_saves.keys()
                 self._cancelled |= late
                 logger.error("gave up %d saves whose pages are needed again", len(late))
 
     def submit_loads(self, jobs: StepJobs) -> None:
         """Queue the step's loads. Never blocks on copies."""
         self._switch(jobs)
-        mark = self._mark() if jobs.loads else None
+        plan = _Plan(self._mark() if jobs.loads else None, self._arena)
+        with self._state:
+            earlier = dict(self._open_saves)
         for load in jobs.loads:
-            self._queue.put(_Submitted(load, mark, self._arena))
+            self._loader.submit(partial(self._load, load, plan, earlier))
 
     def submit_saves(self, jobs: StepJobs) -> None:
         """Queue the step's saves and releases. Never blocks on copies."""
         self._switch(jobs)
-        mark = self._mark() if jobs.saves else None
+        plan = _Plan(self._mark() if jobs.saves else None, self._arena)
         with self._state:
-            self._open_saves.update(save.id for save in jobs.saves)
+            self._open_saves.update((save.id, self._pages(save)) for save in jobs.saves)
         for save in jobs.saves:
-            self._queue.put(_Submitted(save, mark, self._arena))
+            self._saver.submit(partial(self._save, save, plan))
         for request_id in jobs.releases:
-            self._queue.put(_Submitted(request_id, None, None))
+            self._saver.submit(partial(self._release, request_id))
 
     def wait_saved(self, jobs: StepJobs, deadline_s: float) -> None:
         """Wait until the step's saves are through, at most ``deadline_s`` seconds."""
         waited_for = {save.id for save in jobs.saves}
         with self._state:
-            self._state.wait_for(lambda: not waited_for & self._open_saves, deadline_s)
+            self._state.wait_for(lambda: not waited_for & self._open_saves.keys(), deadline_s)
 
     def take_results(self) -> StagerResults:
         """Return and forget what was finished since the last call."""
@@ -150,13 +153,15 @@ class Stager:
             self._results.report.problem = self._problem
 
     def close(self) -> None:
-        """Stop the thread and unmap the arena. Idempotent."""
-        self._queue.put(None)
-        self._thread.join(_CLOSE_DEADLINE_S)
+        """Stop the threads and unmap the arena. Idempotent."""
+        threads = (self._loader, self._saver)
+        for thread in threads:
+            thread.close()
+        end = time.monotonic() + _CLOSE_DEADLINE_S
+        are_over = [thread.join(end) for thread in threads]
         if self._peers is not None:
             self._peers.close()
-        if self._thread.is_alive():
-            logger.error("%s did not stop within %g s", self._thread.name, _CLOSE_DEADLINE_S)
+        if not all(are_over):
             return
         try:
             self._staging.close()
@@ -171,7 +176,7 @@ class Stager:
         if jobs.arena != self._handle:
             self._handle, self._retry_at = jobs.arena, 0.0
             if self._arena is not None:
-                self._queue.put(_Submitted(None, None, self._arena))
+                self._leave(self._arena)
                 self._arena = None
         if self._handle is None or self._arena is not None or self._problem:
             return
@@ -205,59 +210,65 @@ class Stager:
             self.disable(f"rank {self._shard.rank} cannot follow the engine's work: {error!r}")
             return None
 
-    def _run(self) -> None:
-        while (submitted := self._queue.get()) is not None:
-            job = submitted.job
-            if job is None:
-                if submitted.arena is not None:
-                    self._let_go(submitted.arena)
-                continue
-            if isinstance(job, str):
-                with self._state:
-                    self._results.released.add(job)
-                continue
-            started = time.perf_counter()
-            is_good = self._copy(job, submitted)
-            seconds = time.perf_counter() - started
-            if isinstance(job, LoadJob):
-                self._read_peer(job, is_good, seconds)
-            else:
-                self._saved(job, is_good, seconds)
+    def _load(self, load: LoadJob, plan: _Plan, earlier: dict[int, frozenset[int]]) -> None:
+        pages = {page for copy in load.copies for page in copy.pages}
+        if load.peer is not None:
+            pages.update(load.peer.pages)
+        self.fence(save_id for save_id, read in earlier.items() if not pages.isdisjoint(read))
+        started = time.perf_counter()
+        is_good = (
+            self._copy(self._staging.scatters, load, plan)
+            if load.copies
+            else load.peer is not None and not self._problem
+        )
+        self._read_peer(load, is_good, time.perf_counter() - started)
 
-    def _copy(self, job: LoadJob | SaveJob, submitted: _Submitted) -> bool:
-        arena = submitted.arena
-        if isinstance(job, SaveJob) and not self._shard.is_writer:
-            return True
-        if self._problem:
-            return False
-        if not job.copies:
-            return isinstance(job, LoadJob) and job.peer is not None
-        if arena is None:
+    def _save(self, save: SaveJob, plan: _Plan) -> None:
+        started = time.perf_counter()
+        is_good = not self._shard.is_writer or (
+            bool(save.copies) and self._copy(self._staging.gathers, save, plan)
+        )
+        self._saved(save, is_good, time.perf_counter() - started)
+
+    def _release(self, request_id: str) -> None:
+        with self._state:
+            self._results.released.add(request_id)
+
+    def _copy(self, direction: Copies, job: LoadJob | SaveJob, plan: _Plan) -> bool:
+        """Copy a job's blocks; tell whether they are good."""
+        if plan.arena is None or self._problem:
             return False
         try:
-            self._staging.wait(submitted.mark)
-            is_good = self._copy_batches(arena, job)
-            return is_good and _are_current(arena, job.copies)
+            return copy_blocks(
+                direction,
+                plan.mark,
+                plan.arena,
+                job.copies,
+                self._staging.pages_per_block,
+                partial(self._is_wanted, job),
+            )
         except Exception as error:  # boundary: the thread must live to report the job
             logger.exception("rank %d could not copy", self._shard.rank)
             self.disable(f"rank {self._shard.rank} could not copy between pages and arena: {error!r}")
             return False
 
-    def _copy_batches(self, arena: Arena, job: LoadJob | SaveJob) -> bool:
-        """Copy a job's blocks; stop early, with False, when it cannot be good any more."""
-        copy = self._staging.scatter if isinstance(job, LoadJob) else self._staging.gather
-        try:
-            for batch in copy_batches(job.copies, self._staging.pages_per_block):
-                if self._is_given_up(job) or not _are_current(arena, batch.copies):
-                    return False
-                copy(batch.page_ids, batch.slots, arena.slots_array)
-        finally:
-            self._staging.finish()
-        return True
-
-    def _is_given_up(self, job: LoadJob | SaveJob) -> bool:
+    def _is_wanted(self, job: LoadJob | SaveJob) -> bool:
         with self._state:
-            return bool(self._problem) or (isinstance(job, SaveJob) and job.id in self._cancelled)
+            return not self._problem and not (isinstance(job, SaveJob) and job.id in self._cancelled)
+
+    def _leave(self, arena: Arena) -> None:
+        """Let go of an arena when both threads are through with what was submitted for it."""
+        threads = [self._loader, self._saver]
+
+        def is_through(thread: OrderedThread) -> None:
+            with self._state:
+                threads.remove(thread)
+                is_last = not threads
+            if is_last:
+                self._let_go(arena)
+
+        for thread in tuple(threads):
+            thread.submit(partial(is_through, thread))
 
     def _let_go(self, arena: Arena) -> None:
         try:
@@ -266,6 +277,12 @@ class Stager:
             logger.exception("rank %d could not let go of an arena", self._shard.rank)
             self.disable(f"rank {self._shard.rank} could not let go of an arena: {error!r}")
         arena.close()
+
+    def _pages(self, save: SaveJob) -> frozenset[int]:
+        """Return the pages that a save reads here."""
+        if not self._shard.is_writer:
+            return frozenset()
+        return frozenset(page for copy in save.copies for page in copy.pages)
 
     def _shard_bytes(self, job: LoadJob | SaveJob) -> int:
         share = self._layout.payload_bytes * self._shard.num_heads // self._layout.num_kv_heads
@@ -313,9 +330,5 @@ class Stager:
             else:
                 report.failed_saves.add(job.id)
             self._cancelled.discard(job.id)
-            self._open_saves.discard(job.id)
+            self._open_saves.pop(job.id, None)
             self._state.notify_all()
-
-
-def _are_current(arena: Arena, copies: Sequence[BlockCopy]) -> bool:
-    return all(arena.generation(copy.slot) == copy.generation for copy in copies)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from kvferry.connector.bench.case import Figure, Goal
@@ -15,7 +16,7 @@ from kvferry.connector.bench.host import page_layout
 from kvferry.connector.bench.measure import interleaved
 from kvferry.connector.errors import ArenaError, DeviceError
 from kvferry.connector.layout import BlockLayout
-from kvferry.connector.staging import PageIds, SlotIds
+from kvferry.connector.staging import Copies
 from kvferry.cuda.choice import PathName, Paths, blocks_at_once
 from kvferry.cuda.driver import Device, one_copy
 from kvferry.cuda.geometry import copy_geometry
@@ -98,40 +99,34 @@ def compare(
             yield about(name, (), str(error))
 
 
-def path_sides(scratch: Scratch, staging: DeviceStaging, num_blocks: int, part_blocks: int) -> Sides:
+def path_sides(scratch: Scratch, staging: DeviceStaging, num_blocks: int) -> Sides:
     """Return what a stager would do with the first ``num_blocks`` blocks, in each direction and in both at once.
 
     Args:
         scratch: The memory.
         staging: Over its pages.
         num_blocks: At least two.
-        part_blocks: How many go one way before as many go the other, where both ways are taken at once.
     """
     half = num_blocks // 2
 
-    def batches(start: int, end: int, size: int) -> Iterator[tuple[PageIds, SlotIds]]:
-        for first in range(start, end, size):
-            some = slice(first, min(first + size, end))
-            yield scratch.page_ids[some], scratch.slot_ids[some]
-
-    def out(_: int) -> None:
-        for batch in batches(0, num_blocks, _STAGERS_BATCH):
-            staging.gather(*batch, scratch.slots)
-        staging.finish()
-
-    def back(_: int) -> None:
-        for batch in batches(0, num_blocks, _STAGERS_BATCH):
-            staging.scatter(*batch, scratch.slots)
-        staging.finish()
+    def copy(direction: Copies, start: int, end: int) -> None:
+        for first in range(start, end, _STAGERS_BATCH):
+            some = slice(first, min(first + _STAGERS_BATCH, end))
+            direction.copy(scratch.page_ids[some], scratch.slot_ids[some], scratch.slots)
+        direction.finish()
 
     def both(_: int) -> None:
-        pairs = zip(batches(0, half, part_blocks), batches(half, 2 * half, part_blocks), strict=True)
-        for saved, loaded in pairs:
-            staging.gather(*saved, scratch.slots)
-            staging.scatter(*loaded, scratch.slots)
-        staging.finish()
+        with ThreadPoolExecutor(2, "kvferry-bench") as threads:
+            out = threads.submit(copy, staging.gathers, 0, half)
+            back = threads.submit(copy, staging.scatters, half, 2 * half)
+        out.result()
+        back.result()
 
-    return {"D2H": out, "H2D": back, "both": both}
+    return {
+        "D2H": lambda _: copy(staging.gathers, 0, num_blocks),
+        "H2D": lambda _: copy(staging.scatters, 0, num_blocks),
+        "both": both,
+    }
 
 
 def _figures(
@@ -146,11 +141,10 @@ def _figures(
     all_blocks = len(scratch.slot_ids)
     num_blocks = max(2, min(all_blocks, blocks_at_once(name, geometry, _MOST_COPIES)))
     note = f"{num_blocks} blocks only" if num_blocks < all_blocks else ""
-    part_blocks = max(1, paths.part_bytes // geometry.shard_bytes)
     staging = scratch.staging(functools.partial(paths.make, name))
     try:
         # The path comes first: its first copy makes the slots known to the GPU, for the limit too.
-        moving = path_sides(scratch, staging, num_blocks, part_blocks)
+        moving = path_sides(scratch, staging, num_blocks)
         limits = _raw_sides(device, scratch)
         sides = {**moving, **{f"raw {direction}": side for direction, side in limits.items()}}
         seconds = interleaved(sides, repetitions, progress)

@@ -85,7 +85,7 @@ def slowdown(device: Device, paths: Paths, name: PathName, work: Work, repetitio
         with Scratch(device, layout, block) as scratch:
             staging = scratch.staging(functools.partial(paths.make, name))
             try:
-                sides = path_sides(scratch, staging, num_blocks, 1)
+                sides = path_sides(scratch, staging, num_blocks)
 
                 def beside() -> None:
                     sides["D2H"](0)

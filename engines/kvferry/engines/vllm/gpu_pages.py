@@ -72,9 +72,9 @@ class GpuPages:
             self._bounds(room).check_gather(page_ids, slots, arena)
             for ids, some, rows in _turns(page_ids, slots, room):
                 try:
-                    staging.gather(ids, rows, room)
+                    staging.gathers.copy(ids, rows, room)
                 finally:
-                    staging.finish()
+                    staging.gathers.finish()
                 arena[some, : room.shape[1]] = room[: len(rows)]
 
     def scatter(self, heads: Heads, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
@@ -85,9 +85,9 @@ class GpuPages:
             for ids, some, rows in _turns(page_ids, slots, room):
                 room[: len(rows)] = arena[some, : room.shape[1]]
                 try:
-                    staging.scatter(ids, rows, room)
+                    staging.scatters.copy(ids, rows, room)
                 finally:
-                    staging.finish()
+                    staging.scatters.finish()
 
     def close(self) -> None:
         """Give everything back. Idempotent; waits for a copy that is under way.

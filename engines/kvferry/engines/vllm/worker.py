@@ -17,7 +17,7 @@ from kvferry.connector.errors import DeviceError, KVFerryError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
-from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds, Staging
+from kvferry.connector.staging import Bytes, Copies, HostStaging, PageIds, SlotIds, Staging
 from kvferry.connector.transport import RemotePages
 from kvferry.cuda.choice import make_staging
 from kvferry.cuda.staging import DevicePages, DeviceStaging
@@ -172,14 +172,16 @@ class _ManagerPages:
     def pages_per_block(self) -> int:
         return self.kernel_pages.pages_per_block // self._ratio
 
+    @property
+    def gathers(self) -> Copies:
+        return _SplitPages(self.kernel_pages.gathers, self._ratio)
+
+    @property
+    def scatters(self) -> Copies:
+        return _SplitPages(self.kernel_pages.scatters, self._ratio)
+
     def mark(self) -> object:
         return self.kernel_pages.mark()
-
-    def wait(self, mark: object) -> None:
-        self.kernel_pages.wait(mark)
-
-    def finish(self) -> None:
-        self.kernel_pages.finish()
 
     def detach(self, arena: Bytes) -> None:
         self.kernel_pages.detach(arena)
@@ -187,11 +189,22 @@ class _ManagerPages:
     def close(self) -> None:
         self.kernel_pages.close()
 
-    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self.kernel_pages.gather(self._split(page_ids), slots, arena)
 
-    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self.kernel_pages.scatter(self._split(page_ids), slots, arena)
+class _SplitPages:
+    """One direction by vLLM's page ids."""
+
+    def __init__(self, by_kernel_pages: Copies, ratio: int) -> None:
+        self._by_kernel_pages = by_kernel_pages
+        self._ratio = ratio
+
+    def wait(self, mark: object) -> None:
+        self._by_kernel_pages.wait(mark)
+
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._by_kernel_pages.copy(self._split(page_ids), slots, arena)
+
+    def finish(self) -> None:
+        self._by_kernel_pages.finish()
 
     def _split(self, page_ids: PageIds) -> PageIds:
         """Name the kernel's pages; ids too large for the engine stay too large, negative ones stay negative."""
