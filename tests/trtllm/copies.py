@@ -29,7 +29,7 @@ class Copies:
         self.counts: dict[Kind, int] = {"load": 0, "save": 0}
         """Copies that were begun, of all ranks: each of one request's blocks or a part of them."""
         ranks: dict[int, int] = {}
-        copy = Stager._copy_batches
+        copy = Stager._copy
         make, scatter, gather = HostStaging.__init__, HostStaging.scatter, HostStaging.gather
 
         def made(self_: Any, pages: Bytes, layout: PageLayout, block: BlockLayout, shard: Shard) -> None:
@@ -44,11 +44,11 @@ class Copies:
             self._begin("save", ranks[id(self_)])
             gather(self_, page_ids, slots, arena)
 
-        def copied(self_: Any, arena: Any, job: LoadJob | SaveJob) -> bool:
-            is_good = copy(self_, arena, job)
+        def copied(self_: Any, direction: Any, job: LoadJob | SaveJob, plan: Any) -> bool:
+            is_good = copy(self_, direction, job, plan)
             return not self._spoils("load" if isinstance(job, LoadJob) else "save") and is_good
 
-        monkeypatch.setattr(Stager, "_copy_batches", copied)
+        monkeypatch.setattr(Stager, "_copy", copied)
         monkeypatch.setattr(HostStaging, "__init__", made)
         monkeypatch.setattr(HostStaging, "scatter", loaded)
         monkeypatch.setattr(HostStaging, "gather", saved)

@@ -162,9 +162,9 @@ opened = open_tier(Path(sys.argv[1]), int(sys.argv[3]))
 store(opened, [key_of(77)])
 worker = os.fork()
 if worker == 0:
+    print("ready", flush=True)
     sys.stdin.read()
     os._exit(0)
-print("ready", flush=True)
 sys.stdin.read()
 """
 

@@ -46,6 +46,7 @@ class Pages:
         self.content = np.zeros(LAYOUT.slot_bytes, np.uint8)
         self.error: Exception | None = None
         self.on_copy: Callable[[], None] = lambda: None
+        self.gathers, self.scatters = Direction(self, self._gather), Direction(self, self._scatter)
         self.is_closed = False
 
     def staging(self, *_: object) -> Pages:
@@ -54,30 +55,35 @@ class Pages:
     def mark(self) -> object:
         return None
 
-    def wait(self, mark: object) -> None:
-        assert self.gate.wait(DEADLINE_S)
-
-    def gather(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self._copied()
+    def _gather(self, slots: SlotIds, arena: Bytes) -> None:
         arena[slots] = self.content
 
-    def scatter(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
-        self._copied()
+    def _scatter(self, slots: SlotIds, arena: Bytes) -> None:
         self.content[:] = arena[slots[-1]]
-
-    def _copied(self) -> None:
-        self.on_copy()
-        if self.error is not None:
-            raise self.error
-
-    def finish(self) -> None:
-        pass
 
     def detach(self, arena: Bytes) -> None:
         pass
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class Direction:
+    def __init__(self, pages: Pages, move: Callable[[SlotIds, Bytes], None]) -> None:
+        self._pages = pages
+        self._move = move
+
+    def wait(self, mark: object) -> None:
+        assert self._pages.gate.wait(DEADLINE_S)
+
+    def copy(self, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:
+        self._pages.on_copy()
+        if self._pages.error is not None:
+            raise self._pages.error
+        self._move(slots, arena)
+
+    def finish(self) -> None:
+        pass
 
 
 class Rank:
