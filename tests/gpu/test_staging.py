@@ -35,7 +35,7 @@ from kvferry.connector.errors import DeviceError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import Bytes, HostStaging
 from kvferry.connector.transport import Heads, narrow, page_block
-from kvferry.cuda.choice import PATHS, PathName, Paths, choose, make_staging
+from kvferry.cuda.choice import PATHS, PathName, Paths, choose, make_staging, staging_by
 from kvferry.cuda.driver import Device, Held, one_copy, open_device
 from kvferry.cuda.program import compile_kernels
 from kvferry.cuda.staging import DevicePages, DeviceStaging
@@ -126,6 +126,7 @@ class Rigs:
         engine.compute(memory)
         pages = DevicePages(engine.address, engine.nbytes, layout, block, shard)
         staging = choose(self._device, "GPU 0", pages, self._paths, self._path, lambda: engine.handle)
+        assert staging.path_name == self._path
         return staging, engine
 
     def close(self) -> None:
@@ -274,8 +275,8 @@ def test_single_pages_of_some_heads(device: Device, path: PathName) -> None:
     memory = memory[: poison.size]
     engine = Engine(device, poison.size)
     pages = DevicePages(engine.address, engine.nbytes, case.layout, case.block, case.shard)
-    config = CudaConfig(path=path, ring_bytes=1)
-    by_page = GpuPages(pages, lambda some: make_staging(0, some, config, lambda: 0))
+    config = CudaConfig(ring_bytes=1)
+    by_page = GpuPages(pages, lambda some: staging_by(0, some, config, path, lambda: 0))
     block = page_block(case.block, case.layout.page_tokens, heads)
     rows, expected = (np.zeros((2, block.payload_bytes), np.uint8) for _ in range(2))
     batch = ids([2], [0]), np.array([0, 1])
@@ -296,7 +297,7 @@ def test_single_pages_of_some_heads(device: Device, path: PathName) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_the_vllm_workers_self_test_on_torchs_pages(device: Device, path: PathName) -> None:
     torch = pytest.importorskip("torch")
-    from kvferry.engines.roundtrip import round_trip
+    from kvferry.engines.roundtrip import RoundTrip
     from kvferry.engines.vllm.worker import _staging
 
     if path == "batch" and not device.has_batch_copies:
@@ -305,7 +306,9 @@ def test_the_vllm_workers_self_test_on_torchs_pages(device: Device, path: PathNa
     memory = torch.zeros(3, 20, 4, 16, 64, dtype=torch.bfloat16, device="cuda:0")
     shard = block.shard(0, 1)
     layers = list(memory)
-    staging = _staging(layers, 20, block, shard, CudaConfig(path=path))
+    proof = RoundTrip(layers, block, shard)
+    staging = _staging(layers, 20, block, shard, CudaConfig(path=path), proof)
     assert isinstance(staging.kernel_pages, DeviceStaging)
-    round_trip(staging.kernel_pages, layers, block, shard)
+    assert (staging.kernel_pages.path_name, proof.has_refused) == (path, False)
+    assert not memory.any(), "the self-test leaves the cache as it was"
     staging.close()

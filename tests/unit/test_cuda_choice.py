@@ -24,15 +24,15 @@ from staging_kit import (
 )
 
 from kvferry.connector.config import CudaConfig
-from kvferry.connector.errors import ConfigError, DeviceError
+from kvferry.connector.errors import ArenaError, ConfigError, DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.settings import load_settings
-from kvferry.connector.staging import Bytes
+from kvferry.connector.staging import Bytes, Staging
 from kvferry.cuda import choice
-from kvferry.cuda.choice import Paths, choose, make_staging
-from kvferry.cuda.geometry import copy_geometry
+from kvferry.cuda.choice import PathName, Paths, Proof, choose, make_staging, staging_by, unproved
+from kvferry.cuda.geometry import CopyGeometry, copy_geometry
 from kvferry.cuda.scratch import Scratch, miniature
-from kvferry.cuda.staging import DevicePages, DeviceStaging
+from kvferry.cuda.staging import CopyPath, DevicePages, DeviceStaging
 
 ENGINE = 1
 """The handle of the engine's stream."""
@@ -61,8 +61,18 @@ class Gpu:
     def choose(self, compiled: Callable[[str], bytes] | None = None, **config: object) -> DeviceStaging:
         settings = CudaConfig(**config)  # type: ignore[arg-type]
         paths = Paths(self.device, settings, compiled or (lambda architecture: b"cubin"))
+        return self.choose_of(paths, settings.path)
+
+    def choose_of(self, paths: Paths, wanted: str = "auto", prove: Proof = unproved) -> DeviceStaging:
         return choose(
-            self.device, "GPU 0 (sm_90)", self.pages, paths, settings.path, lambda: ENGINE, self.tick
+            self.device,
+            "GPU 0 (sm_90)",
+            self.pages,
+            paths,
+            wanted,
+            lambda: ENGINE,
+            prove,
+            self.tick,  # type: ignore[arg-type]
         )
 
     def tick(self) -> float:
@@ -186,11 +196,29 @@ def test_a_path_that_is_asked_for_is_not_measured(log: pytest.LogCaptureFixture)
     assert [record.getMessage() for record in log.records] == ["GPU 0 (sm_90): blocks go by copies"]
 
 
-def test_a_path_that_is_asked_for_and_is_not_there_is_an_error() -> None:
-    with pytest.raises(DeviceError, match=r"the driver has none.*set cuda\.path"):
-        Gpu(has_batch_copies=False).choose(path="batch")
-    with pytest.raises(DeviceError, match="compiler is not there"):
-        Gpu().choose(no_compiler, path="kernel")
+@pytest.mark.parametrize(
+    ("path", "why", "other"),
+    [
+        ("batch", "batch left out: cuMemcpyBatchAsync failed: the driver has none", "kernel"),
+        (
+            "kernel",
+            "kernel left out: CUDA failed to compile for sm_90: NVIDIA's compiler is not there",
+            "copies",
+        ),
+    ],
+)
+def test_a_path_that_is_asked_for_and_is_not_there_is_replaced_with_a_warning(
+    path: str, why: str, other: str, log: pytest.LogCaptureFixture
+) -> None:
+    compiled = no_compiler if path == "kernel" else None
+    gpu = Gpu(has_batch_copies=False)
+    staging = gpu.choose(compiled, path=path)
+    assert staging.path_name == other
+    staging.close()
+    (record,) = log.records
+    assert record.levelname == "WARNING"
+    assert f"blocks go by {other} instead of {path} ({why}" in record.getMessage()
+    assert "GB/s" not in record.getMessage(), "nothing is measured"
 
 
 def test_without_a_compiler_copies_remain(log: pytest.LogCaptureFixture) -> None:
@@ -209,7 +237,7 @@ def test_without_memory_to_measure_on_the_first_that_works_is_taken(
     monkeypatch.setattr(gpu.device, "allocate", full)
     gpu.choose().close()
     assert "cannot be compared: cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY" in log.text
-    assert "blocks go by batch (kernel left out: cuMemAlloc failed" in log.text
+    assert "blocks go by batch instead of kernel (kernel left out: cuMemAlloc failed" in log.text
     assert gpu.device.registrations == []
 
 
@@ -321,3 +349,186 @@ def test_the_gpu_is_opened_by_its_number(monkeypatch: pytest.MonkeyPatch) -> Non
         ids([0, 1])[:0], np.zeros(0, np.int64), np.zeros((1, gpu.case.block.slot_bytes), np.uint8)
     )
     staging.close()
+
+
+def test_by_one_path_means_by_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(has_batch_copies=False)
+    monkeypatch.setattr(choice, "open_device", {3: gpu.device}.__getitem__)
+    staging = staging_by(3, gpu.pages, CudaConfig(), "copies", lambda: ENGINE)
+    assert staging.path_name == "copies"
+    staging.close()
+    with pytest.raises(DeviceError, match="the driver has none"):
+        staging_by(3, gpu.pages, CudaConfig(), "batch", lambda: ENGINE)
+
+
+class Misled(Paths):
+    """Paths of which some copy other pages than the engine's."""
+
+    def __init__(self, gpu: Gpu, *misled: PathName) -> None:
+        super().__init__(gpu.device, CudaConfig(), lambda architecture: b"cubin")
+        self._pages = gpu.pages.address
+        self._misled = misled
+        self._elsewhere, memory = gpu.device.memory(gpu.pages.nbytes)
+        memory[:] = 0x11
+
+    def make(self, name: PathName, pages: int, geometry: CopyGeometry) -> CopyPath:
+        if name not in self._misled or pages != self._pages:
+            return super().make(name, pages, geometry)
+        return super().make(name, self._elsewhere.address, geometry.at(self._elsewhere.address))
+
+
+class Gather:
+    """Proves that blocks come out of the engine's pages; notes what it was called with."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.proved: list[str] = []
+        self.allocations: list[int] = []
+        """On the GPU at each call."""
+
+    def __call__(self, staging: Staging) -> None:
+        assert isinstance(staging, DeviceStaging)
+        self.proved.append(staging.path_name)
+        self.allocations.append(len(self._gpu.device.allocations))
+        case, memory = self._gpu.case, self._gpu.memory
+        memory[:] = case.rng.integers(0, 256, memory.size, dtype=np.uint8)
+        with slots_of(case.rng, 4, case.block.slot_bytes) as arena:
+            batch = case.batch(4)
+            expected = gathered(case, memory, *batch, arena)
+            follow(staging)
+            staging.gathers.copy(*batch, arena)
+            finish(staging)
+            staging.detach(arena)
+            if not np.array_equal(arena, expected):
+                raise LayoutError("other bytes")
+
+
+MANY_RUNS_ARE_SLOW = {"cuMemcpyAsync": 1e-3, "cuMemcpyBatchAsync": 1e-3, "cuLaunchKernel": 1e-6}
+"""``batch`` is fastest, then ``kernel``."""
+
+
+@pytest.mark.parametrize(
+    ("misled", "proved"),
+    [
+        ((), ["batch"]),
+        (("kernel",), ["batch"]),
+        (("batch",), ["batch", "kernel"]),
+        (("batch", "kernel"), ["batch", "kernel", "copies"]),
+    ],
+)
+def test_a_path_that_is_wrong_is_left_out_and_the_next_best_serves(
+    misled: tuple[PathName, ...], proved: list[PathName], log: pytest.LogCaptureFixture
+) -> None:
+    gpu = Gpu(speeds=MANY_RUNS_ARE_SLOW)
+    paths, prove = Misled(gpu, *misled), Gather(gpu)
+    staging = gpu.choose_of(paths, prove=prove)
+    assert prove.proved == proved
+    assert staging.path_name == proved[-1]
+    prove(staging)
+    staging.close()
+    assert len(gpu.device.allocations) == 2
+    assert gpu.device.registrations == []
+    (record,) = log.records
+    wrong = proved[:-1]
+    instead = f" instead of {proved[0]}" if wrong else ""
+    assert f"blocks go by {proved[-1]}{instead} (" in record.getMessage()
+    assert record.levelname == ("WARNING" if wrong else "INFO")
+    assert record.getMessage().count("left out") == len(wrong)
+    for path in wrong:
+        assert f"{path} left out: the self-test failed: other bytes" in record.getMessage()
+
+
+@pytest.mark.parametrize("path", choice.PATHS)
+def test_a_path_that_is_asked_for_and_is_wrong_is_replaced_with_a_warning(
+    path: PathName, log: pytest.LogCaptureFixture
+) -> None:
+    gpu = Gpu()
+    prove = Gather(gpu)
+    staging = gpu.choose_of(Misled(gpu, path), path, prove)
+    other = "batch" if path == "kernel" else "kernel"
+    assert (prove.proved, staging.path_name) == ([path, other], other)
+    staging.close()
+    (record,) = log.records
+    assert record.levelname == "WARNING"
+    expected = f"blocks go by {other} instead of {path} ({path} left out: the self-test failed: other bytes)"
+    assert record.getMessage().endswith(expected)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "batch"])
+def test_when_every_path_is_wrong_the_error_says_so_for_each(
+    wanted: str, log: pytest.LogCaptureFixture
+) -> None:
+    gpu = Gpu()
+    with pytest.raises(DeviceError, match="no path works here") as refused:
+        gpu.choose_of(Misled(gpu, *choice.PATHS), wanted, Gather(gpu))
+    for path in choice.PATHS:
+        assert f"{path} left out: the self-test failed: other bytes" in str(refused.value)
+    assert len(gpu.device.allocations) == 2
+    assert gpu.device.registrations == []
+    assert log.records == []
+
+
+def test_unproved_a_wrong_path_serves() -> None:
+    gpu = Gpu()
+    staging = gpu.choose_of(Misled(gpu, "batch"), "batch")
+    assert staging.path_name == "batch"
+    with pytest.raises(LayoutError):
+        Gather(gpu)(staging)
+    staging.close()
+
+
+def test_what_a_wrong_path_held_is_given_back_before_the_next_is_made() -> None:
+    gpu = Gpu()
+    prove = Gather(gpu)
+    gpu.choose_of(Misled(gpu, "kernel"), "kernel", prove).close()
+    with_ring, without = prove.allocations
+    assert with_ring > without == 2
+
+
+def test_a_path_that_the_gpu_refuses_to_prove_is_left_out(log: pytest.LogCaptureFixture) -> None:
+    gpu = Gpu()
+
+    def prove(staging: Staging) -> None:
+        assert isinstance(staging, DeviceStaging)
+        if staging.path_name == "batch":
+            raise DeviceError("cuMemcpyBatchAsync", "CUDA_ERROR_PLAYED")
+
+    staging = gpu.choose_of(Misled(gpu), "batch", prove)
+    assert staging.path_name == "kernel"
+    staging.close()
+    assert "batch left out: cuMemcpyBatchAsync failed: CUDA_ERROR_PLAYED)" in log.text
+
+
+def test_what_cannot_be_given_back_hides_no_reason(log: pytest.LogCaptureFixture) -> None:
+    gpu = Gpu()
+
+    def prove(staging: Staging) -> None:
+        assert isinstance(staging, DeviceStaging)
+        if staging.path_name == "kernel":
+            gpu.device.fails_at = len(gpu.device.calls)
+            raise LayoutError("other bytes")
+
+    staging = gpu.choose_of(Misled(gpu), "kernel", prove)
+    assert staging.path_name == "batch"
+    about_closing, line = (record.getMessage() for record in log.records)
+    assert "what kernel held could not be given back: " in about_closing
+    assert "CUDA_ERROR_PLAYED" in about_closing
+    assert "kernel left out: the self-test failed: other bytes" in line
+    staging.close()
+    assert len(gpu.device.allocations) == 2
+
+
+@pytest.mark.parametrize("wanted", ["auto", "kernel"])
+@pytest.mark.parametrize("error", [ArenaError("no memory for two slots"), RuntimeError("torch says no")])
+def test_what_is_not_a_paths_fault_goes_up_at_once(error: Exception, wanted: str) -> None:
+    gpu = Gpu()
+    proved = []
+
+    def prove(staging: Staging) -> None:
+        proved.append(staging)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        gpu.choose_of(Misled(gpu), wanted, prove)
+    assert len(proved) == 1
+    assert len(gpu.device.allocations) == 2, "closed all the same"

@@ -17,10 +17,10 @@ from kvferry.connector.arena import Arena
 from kvferry.connector.config import CudaConfig
 from kvferry.connector.errors import LayoutError
 from kvferry.connector.layout import BlockLayout
-from kvferry.connector.staging import HostStaging
+from kvferry.connector.staging import HostStaging, Staging
 from kvferry.cuda import choice
 from kvferry.cuda.staging import DeviceStaging
-from kvferry.engines.roundtrip import round_trip
+from kvferry.engines.roundtrip import RoundTrip
 from kvferry.engines.trtllm.geometry import block_layout, cache_layout, checkpoint_folder, pool_layout
 from kvferry.engines.trtllm.pages import RankPages, cache_pages, pool_pages
 
@@ -287,7 +287,10 @@ def test_a_pool_on_a_gpu_is_staged_by_it_as_one_on_the_host(
     memory[:] = np.random.default_rng(0).integers(0, 256, memory.size)
     layout = pool_layout(Pool(memory.view(np.uint16).reshape(shape)), block, shard, TOKENS)
     layers = [SimpleNamespace(device=SimpleNamespace(type="cuda", index=0))]
-    on_gpu = RankPages(held.address, layout, layers).staging(block, shard, CudaConfig(path=path))  # type: ignore[arg-type]
+    proved: list[Staging] = []
+    rank_pages = RankPages(held.address, layout, layers)  # type: ignore[arg-type]
+    on_gpu = rank_pages.staging(block, shard, CudaConfig(path=path), proved.append)  # type: ignore[arg-type]
+    assert proved == [on_gpu]
     assert isinstance(on_gpu, DeviceStaging)
     arenas = [Arena.create(2, block.slot_bytes) for _ in range(2)]
     batch = np.array([[5, 1], [-1, 3]], np.int32), np.array([1, 0])
@@ -323,13 +326,12 @@ def test_torchs_views_of_pages_are_where_the_layout_says(stride: int | None) -> 
     group = SimpleNamespace(layer_group_id=0, layer_ids=(0, 1, 2), window_size=None, regions=(region,))
     layout = SimpleNamespace(tokens_per_block=TOKENS, groups=(group,))
     for pages in (pool_pages(pool, BLOCK, shard, TOKENS), cache_pages(layout, BLOCK, shard, TOKENS)):
-        staging = pages.staging(BLOCK, shard, CudaConfig())
         before = [layer.clone() for layer in pages.layers]
-        round_trip(staging, pages.layers, BLOCK, shard)
+        staging = pages.staging(BLOCK, shard, CudaConfig(), RoundTrip(pages.layers, BLOCK, shard))
         assert all(torch.equal(layer, kept) for layer, kept in zip(pages.layers, before, strict=True))
         arena = Arena.create(1, BLOCK.slot_bytes)
         staging.gathers.copy(np.array([[0, 5]], np.int32), np.array([0]), arena.slots_array)
         arena.close()
         wrong = [layer.flip(3) for layer in pages.layers]
         with pytest.raises(LayoutError, match="layer 0"):
-            round_trip(staging, wrong, BLOCK, shard)
+            pages.staging(BLOCK, shard, CudaConfig(), RoundTrip(wrong, BLOCK, shard))

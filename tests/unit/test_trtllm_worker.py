@@ -17,9 +17,10 @@ import pytest
 
 from kvferry.connector.arena import Arena, ArenaHandle
 from kvferry.connector.config import Config
-from kvferry.connector.errors import KVFerryError, LoadFailed
+from kvferry.connector.errors import KVFerryError, LayoutError, LoadFailed
 from kvferry.connector.layout import BlockLayout
 from kvferry.connector.staging import Bytes, PageIds, SlotIds
+from kvferry.cuda.choice import Proof
 from kvferry.engines.jobs import BlockCopy, LoadJob, SaveJob, StepJobs, WorkerReport
 from kvferry.engines.trtllm import worker as worker_module
 from kvferry.engines.trtllm.plan import StepPlan
@@ -49,7 +50,8 @@ class Pages:
         self.gathers, self.scatters = Direction(self, self._gather), Direction(self, self._scatter)
         self.is_closed = False
 
-    def staging(self, *_: object) -> Pages:
+    def staging(self, layout: object, shard: object, config: object, prove: Proof) -> Pages:
+        prove(self)
         return self
 
     def mark(self) -> object:
@@ -89,7 +91,7 @@ class Direction:
 class Rank:
     """A worker, its leader's mailbox and arena, and the engine that calls it."""
 
-    def __init__(self, folder: Path, pages: Pages, deadline_s: float) -> None:
+    def __init__(self, folder: Path, pages: Pages, deadline_s: float, self_test: bool = False) -> None:
         (folder / "config.json").write_text(json.dumps(CONFIG))
         self.pages = pages
         self.mailbox = Mailbox()
@@ -97,7 +99,7 @@ class Rank:
         self.arena.slots_array[:] = 0x77
         for slot in range(4):
             self.arena.set_generation(slot, GENERATION)
-        config = Config(self_test=False, load_deadline_s=deadline_s)
+        config = Config(self_test=self_test, load_deadline_s=deadline_s)
         self.worker = WorkerSide(SimpleNamespace(model=str(folder)), config, 0, 1)
         self.loaded: list[str] = []
         self.failed: list[str] = []
@@ -489,6 +491,28 @@ def test_pages_that_fail_the_self_test_switch_the_cache_off(
     with pytest.raises(LoadFailed, match="torch says no"):
         broken.step(load())
     broken.close()
+
+
+@pytest.mark.parametrize("self_test", [True, False])
+def test_pages_are_proved_where_the_self_test_is_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    pages: Pages,
+    self_test: bool,
+) -> None:
+    def prove(staging: object) -> None:
+        assert staging is pages
+        raise LayoutError("other bytes")
+
+    monkeypatch.setattr(worker_module, "pool_pages", lambda *_: pages)
+    monkeypatch.setattr(worker_module, "RoundTrip", lambda *_: prove)
+    rank = Rank(tmp_path, pages, 60.0, self_test)
+    rank.worker.register(None)  # type: ignore[arg-type]
+    told = ["kvferry is off on rank 0: the start-up self-test failed: other bytes"] if self_test else []
+    assert caplog.messages == told
+    assert (rank.worker._stager is None) == self_test
+    rank.close()
 
 
 def test_a_rank_that_got_no_pages_says_so(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,17 +15,21 @@ import numpy as np
 import pytest
 from played_device import PlayedDevice
 
-from kvferry.connector.config import CudaConfig
-from kvferry.connector.errors import DeviceError
+from kvferry.connector.config import Config, CudaConfig
+from kvferry.connector.errors import ArenaError, DeviceError, LayoutError
 from kvferry.connector.finding import Finding
 from kvferry.connector.layout import BlockLayout
+from kvferry.connector.settings import Settings
+from kvferry.connector.staging import Staging
 from kvferry.connector.transport import Heads, PageMemory
 from kvferry.cuda import choice, diagnosis
+from kvferry.cuda.choice import Proof, unproved
 from kvferry.cuda.staging import DeviceStaging
 from kvferry.engines.vllm import memory as memory_module
 from kvferry.engines.vllm import worker
 from kvferry.engines.vllm.gpu_pages import GpuPages
 from kvferry.engines.vllm.memory import page_memory
+from kvferry.engines.vllm.packing import PLAIN
 
 BLOCK = BlockLayout(num_layers=2, num_kv_heads=2, block_tokens=64, head_dim=8, itemsize=2)
 PAGES, PAGE_TOKENS = 12, 16
@@ -83,9 +87,47 @@ def layers(device: PlayedDevice) -> list[Layer]:
     return [Layer(storage, index) for index in range(BLOCK.num_layers)]
 
 
-def staging(device: PlayedDevice, **config: object) -> Any:
-    made = worker._staging(layers(device), PAGES, BLOCK, BLOCK.shard(0, 1), CudaConfig(**config))  # type: ignore[arg-type]
+def staging(device: PlayedDevice, prove: Proof = unproved, **config: object) -> Any:
+    made = worker._staging(layers(device), PAGES, BLOCK, BLOCK.shard(0, 1), CudaConfig(**config), prove)  # type: ignore[arg-type]
     return made.kernel_pages
+
+
+def missing(index: int) -> None:
+    """In place of ``open_device``."""
+    raise DeviceError("open a GPU", "NVIDIA's packages are not there", "pip install 'kvferry[cuda]'")
+
+
+class TorchCopies(SimpleNamespace):
+    """In place of torch's copies."""
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def torch_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by_torch = ModuleType("kvferry.engines.torch_pages")
+    made_by_torch.TorchPages = lambda *arguments: TorchCopies(arguments=arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, made_by_torch.__name__, made_by_torch)
+
+
+class Rightly:
+    """A proof that lets these stagings through, torch's copies being one of them."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self.proved: list[str] = []
+        self.has_refused = False
+
+    def __call__(self, staging: Staging) -> None:
+        name = "torch" if isinstance(staging, TorchCopies) else staging.path_name  # type: ignore[attr-defined]
+        self.proved.append(name)
+        if name not in self._names:
+            self.has_refused = True
+            raise LayoutError(f"other bytes by {name}")
 
 
 @pytest.mark.parametrize("path", ["auto", "kernel", "batch", "copies"])
@@ -105,27 +147,169 @@ def test_a_mark_is_on_the_stream_that_the_engine_uses_now(torch: ModuleType, dev
 
 
 def test_without_the_staging_path_torch_copies_and_one_line_says_so(
-    torch: ModuleType, device: PlayedDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    torch: ModuleType,
+    torch_copies: None,
+    device: PlayedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def missing(index: int) -> None:
-        raise DeviceError("open a GPU", "NVIDIA's packages are not there", "pip install 'kvferry[cuda]'")
-
-    made_by_torch = ModuleType("kvferry.engines.torch_pages")
-    made_by_torch.TorchPages = lambda *arguments: SimpleNamespace(arguments=arguments)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, made_by_torch.__name__, made_by_torch)
     monkeypatch.setattr(choice, "open_device", missing)
     caplog.set_level(logging.INFO)
-    assert len(staging(device).arguments) == 4
+    prove = Rightly("torch")
+    assert len(staging(device, prove).arguments) == 4
+    assert prove.proved == ["torch"]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "rank 0: torch copies blocks page by page" in record.getMessage()
     assert "pip install 'kvferry[cuda]'" in record.getMessage()
 
 
+@pytest.mark.parametrize("right", choice.PATHS)
+def test_the_path_that_is_right_serves(
+    torch: ModuleType, torch_copies: None, device: PlayedDevice, right: str
+) -> None:
+    made = staging(device, Rightly(right))
+    assert made.path_name == right
+    made.close()
+
+
+def test_torch_copies_where_every_path_is_wrong_and_one_line_says_so(
+    torch: ModuleType, torch_copies: None, device: PlayedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    prove = Rightly("torch")
+    assert isinstance(staging(device, prove), TorchCopies)
+    assert sorted(prove.proved[:-1]) == ["batch", "copies", "kernel"]
+    assert prove.proved[-1] == "torch"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "rank 0: torch copies blocks page by page" in record.getMessage()
+    for path in choice.PATHS:
+        assert f"{path} left out: the self-test failed: other bytes by {path}" in record.getMessage()
+    assert len(device.allocations) == 1
+
+
+def test_when_torchs_copies_are_wrong_too_the_error_has_every_reason(
+    torch: ModuleType, torch_copies: None, device: PlayedDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with pytest.raises(
+        LayoutError, match=r"^other bytes by torch, even by torch's copies; before them"
+    ) as refused:
+        staging(device, Rightly())
+    for path in choice.PATHS:
+        assert f"other bytes by {path}" in str(refused.value)
+    assert caplog.records == [], "nobody says that torch copies"
+
+
+def test_a_host_without_memory_for_the_proof_is_no_fault_of_the_path(
+    torch: ModuleType, torch_copies: None, device: PlayedDevice
+) -> None:
+    proved = []
+
+    def prove(staging: Staging) -> None:
+        proved.append(staging)
+        raise ArenaError("no memory for two slots")
+
+    with pytest.raises(ArenaError):
+        staging(device, prove)
+    assert len(proved) == 1
+    assert len(device.allocations) == 1
+
+
+class Registered:
+    """The worker's half, once it has been given pages."""
+
+    def __init__(self, device: PlayedDevice, role: str = "kv_both", **config: Any) -> None:
+        names = ["a", "b"]
+        vllm_config: Any = SimpleNamespace(
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            kv_transfer_config=SimpleNamespace(kv_role=role, engine_id="engine"),
+        )
+        group = SimpleNamespace(layer_names=names, kv_cache_spec=None)
+        plan: Any = SimpleNamespace(num_blocks=PAGES, kv_cache_groups=[group])
+        self.worker = worker.WorkerSide(vllm_config, plan, Settings(Config(**config), {}), 0)
+        self.worker.register(dict(zip(names, layers(device), strict=True)))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def register(
+    torch: ModuleType, torch_copies: None, device: PlayedDevice, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., worker.WorkerSide]]:
+    """Registers pages with a worker whose self-test is ``proof``."""
+    made: list[worker.WorkerSide] = []
+    monkeypatch.setattr(worker, "block_layout", lambda *_: BLOCK)
+    monkeypatch.setattr(worker, "page_order", lambda *_: PLAIN)
+
+    def with_proof(proof: Rightly | None, **config: Any) -> worker.WorkerSide:
+        def round_trip(*_: object) -> Rightly:
+            assert proof is not None, "there is no self-test"
+            return proof
+
+        monkeypatch.setattr(worker, "RoundTrip", round_trip)
+        made.append(Registered(device, **config).worker)
+        return made[-1]
+
+    yield with_proof
+    for one in made:
+        one.close()
+
+
+def test_where_every_way_is_wrong_the_cache_is_off_with_one_line(
+    register: Callable[..., worker.WorkerSide], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    side = register(Rightly())
+    assert side._stager is None
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert (
+        "kvferry is off on rank 0: the start-up self-test failed: other bytes by torch" in record.getMessage()
+    )
+
+
+@pytest.mark.parametrize("right", ["kernel", "torch"])
+def test_where_one_way_is_right_the_cache_is_on(
+    register: Callable[..., worker.WorkerSide], right: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = register(Rightly(right))
+    assert side._stager is not None
+    assert (side._gpu_pages is None) == (right == "torch")
+    assert "kvferry is off" not in caplog.text
+
+
+def test_without_the_self_test_nothing_is_proved(register: Callable[..., worker.WorkerSide]) -> None:
+    side = register(None, self_test=False)
+    assert side._stager is not None
+
+
+@pytest.mark.parametrize(
+    ("right", "has_cuda", "is_exported"),
+    [("batch", True, True), ("torch", True, False), ("torch", False, True), (None, True, True)],
+)
+def test_pages_whose_addresses_are_in_doubt_are_not_handed_over(
+    register: Callable[..., worker.WorkerSide],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    right: str | None,
+    has_cuda: bool,
+    is_exported: bool,
+) -> None:
+    played = SimpleNamespace(pages=object(), close=lambda: None)
+    monkeypatch.setattr(worker, "export_pages", lambda *_: played)
+    if not has_cuda:
+        monkeypatch.setattr(choice, "open_device", missing)
+    proof, cuda = Rightly(right) if right else None, CudaConfig(path="kernel")
+    side = register(proof, role="kv_producer", self_test=right is not None, cuda=cuda)
+    assert (side.exported() is played.pages) == is_exported
+    assert ("takes part in no handoff: blocks that go by the addresses" in caplog.text) != is_exported
+
+
 def handed_over(device: PlayedDevice, path: str = "auto") -> tuple[PageMemory, GpuPages]:
     """The rank's pages as transports see them, once the worker has chosen a path for blocks."""
     of_rank, shard, config = layers(device), BLOCK.shard(0, 1), CudaConfig(path=path)  # type: ignore[arg-type]
-    chosen = worker._staging(of_rank, PAGES, BLOCK, shard, config).kernel_pages  # type: ignore[arg-type]
+    chosen = worker._staging(of_rank, PAGES, BLOCK, shard, config, unproved).kernel_pages  # type: ignore[arg-type]
+    assert isinstance(chosen, DeviceStaging)
     pages = worker._gpu_pages(of_rank, BLOCK, shard, config, chosen.path_name)  # type: ignore[arg-type]
     chosen.close()
     return page_memory(of_rank, PAGES, BLOCK, shard, pages), pages  # type: ignore[arg-type]
@@ -137,8 +321,10 @@ def test_handed_over_pages_go_by_the_path_of_blocks(
 ) -> None:
     caplog.set_level(logging.INFO)
     memory, pages = handed_over(device, path)
-    (chosen,) = caplog.messages
-    measured = re.match(r".* blocks go by \w+", chosen)
+    (line,) = caplog.messages
+    chosen = re.search(r"blocks go by (\w+)", line)
+    assert chosen
+    device.calls.clear()
     on_gpu = np.frombuffer((ctypes.c_uint8 * memory.nbytes).from_address(memory.address), np.uint8)
     on_gpu[:] = np.random.default_rng(0).integers(0, 256, on_gpu.size)
     heads = Heads(1, 1)
@@ -146,24 +332,28 @@ def test_handed_over_pages_go_by_the_path_of_blocks(
     memory.stage(heads).gather(np.array([[7], [3]], np.int32), np.array([1, 0]), rows)
     by_page = on_gpu.reshape(BLOCK.num_layers, PAGES, 2, -1)
     assert np.array_equal(rows, [by_page[:, page, 1].ravel() for page in (3, 7)])
-    assert measured
-    assert caplog.messages[1:] == [measured.group()], "the same, without measuring"
+    assert len(caplog.messages) == 1, "nothing is chosen anew"
+    calls = {"kernel": "cuLaunchKernel", "batch": "cuMemcpyBatchAsync", "copies": "cuMemcpyAsync"}
+    assert calls[chosen[1]] == next(call for call in calls.values() if call in device.calls)
     pages.close()
     assert device.registrations == []
 
 
+@pytest.mark.parametrize(("path", "refused"), [("copies", "stream"), ("kernel", "allocate")])
 def test_handed_over_pages_that_the_gpu_has_no_room_for_are_copied_by_torch(
     torch: ModuleType,
     device: PlayedDevice,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    path: str,
+    refused: str,
 ) -> None:
-    memory, pages = handed_over(device, "copies")
+    memory, pages = handed_over(device, path)
 
-    def full(is_urgent: bool) -> None:
-        raise DeviceError("cuStreamCreateWithPriority", "CUDA_ERROR_OUT_OF_MEMORY")
+    def full(*_: object, **named: object) -> None:
+        raise DeviceError(refused, "CUDA_ERROR_OUT_OF_MEMORY")
 
-    monkeypatch.setattr(device, "stream", full)
+    monkeypatch.setattr(device, refused, full)
     monkeypatch.setattr(memory_module, "_DevicePages", lambda *arguments: arguments)
     _, layout, block, shard = memory.stage(Heads(1, 1))  # type: ignore[misc]
     assert (layout.num_heads, block.num_kv_heads, shard.num_heads) == (1, 1, 1)
@@ -205,9 +395,6 @@ def test_doctor_tells_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_doctor_minds_a_gpu_that_cannot_be_used_and_no_machine_without_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_driver: bool, level: str
 ) -> None:
-    def missing(index: int) -> None:
-        raise DeviceError("open a GPU", "NVIDIA's packages are not there", "pip install 'kvferry[cuda]'")
-
     (found,) = about_cuda(monkeypatch, missing, tmp_path if has_driver else tmp_path / "nothing")
     assert found.level == level
     assert ("kvferry[cuda]" in found.text) == has_driver

@@ -67,7 +67,7 @@ class NumpyPages:
     def __init__(self, shard: Shard) -> None:
         self.content = np.zeros((NUM_PAGES, LAYERS, 2, shard.num_heads * PAGE * HEAD_DIM * 2), np.uint8)
 
-    def staging(self, layout: BlockLayout, shard: Shard, _: object) -> HostStaging:
+    def staging(self, layout: BlockLayout, shard: Shard, *_: object) -> HostStaging:
         page, layer, kv, _ = self.content.strides
         vector = HEAD_DIM * 2
         described = PageLayout(

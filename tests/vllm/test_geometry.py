@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from kvferry.connector.errors import LayoutError
-from kvferry.connector.layout import BlockLayout
-from kvferry.connector.staging import HostStaging
-from kvferry.engines.roundtrip import round_trip
+from kvferry.connector.config import CudaConfig
+from kvferry.connector.errors import DeviceError, LayoutError
+from kvferry.connector.layout import BlockLayout, PageLayout
+from kvferry.connector.staging import Bytes, Copies, HostStaging, Staging
+from kvferry.engines import roundtrip
+from kvferry.engines.roundtrip import RoundTrip
 from kvferry.engines.vllm.geometry import page_layout, pages_array
 from kvferry.engines.vllm.packing import PageOrder, known_packings, page_order, token_writer
-from kvferry.engines.vllm.worker import _ManagerPages
+from kvferry.engines.vllm.worker import _ManagerPages, _staging
 
 LAYERS, PAGES, TOKENS, HEAD_DIM = 3, 8, 16, 8
 
@@ -55,7 +58,7 @@ def test_blocks_survive_in_every_physical_order(
         layers = cache(order, shard.num_heads, dtype)
         layout = page_layout(layers, block(heads, dtype))
         staging = HostStaging(pages_array(layers[0]), layout, block(heads, dtype), shard)
-        round_trip(staging, layers, block(heads, dtype), shard)
+        RoundTrip(layers, block(heads, dtype), shard)(staging)
         assert not any(layer.any() for layer in layers), "the self-test leaves the cache as it was"
 
 
@@ -85,12 +88,19 @@ def test_pages_that_the_kernel_splits_go_by_the_managers_ids() -> None:
     manager = _ManagerPages(kernel, 2)
     assert manager.pages_per_block == 1
     found, expected = (np.zeros((2, whole.slot_bytes), np.uint8) for _ in range(2))
-    manager.gather(np.array([[3], [-1]], np.int32), np.array([1, 0]), found)
+    manager.gathers.copy(np.array([[3], [-1]], np.int32), np.array([1, 0]), found)
     kernel.gather(np.array([[6, 7]], np.int32), np.array([1]), expected)
     assert np.array_equal(found, expected)
     for page in (PAGES // 2, (1 << 31) - 1):
         with pytest.raises(LayoutError, match="outside the engine's"):
-            manager.scatter(np.array([[page]], np.int32), np.array([0]), found)
+            manager.scatters.copy(np.array([[page]], np.int32), np.array([0]), found)
+
+
+def test_pages_in_host_memory_are_proved() -> None:
+    whole, layers = block(4), known_content()
+    proved: list[Staging] = []
+    made = _staging(layers, PAGES, whole, whole.shard(0, 1), CudaConfig(), proved.append)
+    assert proved == [made.kernel_pages]
 
 
 def test_the_self_test_finds_a_wrong_stride() -> None:
@@ -99,7 +109,7 @@ def test_the_self_test_finds_a_wrong_stride() -> None:
     swapped = page_layout(cache(KVCacheLayout.LBNHC, 4), whole)
     staging = HostStaging(pages_array(layers[0]), swapped, whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="layer 0 lies in a block in an order"):
-        round_trip(staging, layers, whole, whole.shard(0, 1))
+        RoundTrip(layers, whole, whole.shard(0, 1))(staging)
 
 
 def test_the_self_test_finds_swapped_layers() -> None:
@@ -108,7 +118,113 @@ def test_the_self_test_finds_swapped_layers() -> None:
     layout = page_layout([layers[1], layers[0], layers[2]], whole)
     staging = HostStaging(pages_array(layers[0]), layout, whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="layer 0"):
-        round_trip(staging, layers, whole, whole.shard(0, 1))
+        RoundTrip(layers, whole, whole.shard(0, 1))(staging)
+
+
+def known_content() -> list[torch.Tensor]:
+    layers = cache(KVCacheLayout.LBHNC, 4)
+    for layer in layers:
+        layer.copy_(torch.randn(layer.shape))
+    return layers
+
+
+class Refusing(HostStaging):
+    """Refuses waits for gathers, and detaching, as often as it is told to.
+
+    What was queued goes on until a wait is granted.
+    """
+
+    waits_refused = 0
+    detaches_refused = 0
+    queued: Callable[[], object] | None = None
+
+    @property
+    def gathers(self) -> Copies:
+        return _Refusing(self, super().gathers)
+
+    def detach(self, arena: Bytes) -> None:
+        if self.detaches_refused:
+            self.detaches_refused -= 1
+            raise DeviceError("cuMemHostUnregister", "refused")
+
+
+class _Refusing:
+    def __init__(self, staging: Refusing, copies: Copies) -> None:
+        self.wait, self.copy = copies.wait, copies.copy
+        self._staging = staging
+
+    def finish(self) -> None:
+        if self._staging.waits_refused:
+            self._staging.waits_refused -= 1
+            raise DeviceError("cuEventSynchronize", "refused")
+        if self._staging.queued is not None:
+            self._staging.queued()
+
+
+def refusing(layers: list[torch.Tensor], layout: PageLayout | None = None) -> Refusing:
+    whole = block(4)
+    return Refusing(pages_array(layers[0]), layout or page_layout(layers, whole), whole, whole.shard(0, 1))
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3])
+def test_behind_refused_waits_the_engine_has_its_pages_back(refused: int) -> None:
+    """Two more are asked for, and pages are restored when what was queued is over."""
+    layers, whole = known_content(), block(4)
+    before = [layer.clone() for layer in layers]
+    staging = refusing(layers)
+    staging.waits_refused, late = refused, []
+
+    def copy() -> None:
+        late.append(layers[0][-1].zero_())
+
+    staging.queued = copy
+    proof = RoundTrip(layers, whole, whole.shard(0, 1))
+    with pytest.raises(DeviceError, match="cuEventSynchronize"):
+        proof(staging)
+    assert all(torch.equal(*pair) for pair in zip(layers, before, strict=True))
+    assert bool(late) == (refused < 3)
+    assert not proof.has_refused, "no bytes were found wrong"
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+def test_what_is_refused_at_the_end_hides_no_wrong_bytes(waits: int) -> None:
+    layers, whole = known_content(), block(4)
+    before = [layer.clone() for layer in layers]
+    staging = refusing(layers, page_layout([layers[1], layers[0], layers[2]], whole))
+    staging.detaches_refused = 1
+    compare = roundtrip._compare_slots
+
+    def then_refuse(*arguments: object) -> None:
+        staging.waits_refused = waits
+        compare(*arguments)  # type: ignore[arg-type]
+
+    proof = RoundTrip(layers, whole, whole.shard(0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roundtrip, "_compare_slots", then_refuse)
+        with pytest.raises(LayoutError, match="layer 0"):
+            proof(staging)
+    assert (staging.detaches_refused, staging.waits_refused, proof.has_refused) == (0, 0, True)
+    assert all(torch.equal(*pair) for pair in zip(layers, before, strict=True))
+
+
+def test_a_staging_that_cannot_let_go_of_the_arena_is_refused() -> None:
+    layers, whole = known_content(), block(4)
+    staging = refusing(layers)
+    staging.detaches_refused = 1
+    with pytest.raises(DeviceError, match="cuMemHostUnregister"):
+        RoundTrip(layers, whole, whole.shard(0, 1))(staging)
+
+
+def test_the_next_staging_repairs_what_one_before_wrote_too_late() -> None:
+    layers, whole = known_content(), block(4)
+    before = [layer.clone() for layer in layers]
+    swapped = page_layout([layers[1], layers[0], layers[2]], whole)
+    proof = RoundTrip(layers, whole, whole.shard(0, 1))
+    with pytest.raises(LayoutError, match="layer 0"):
+        proof(refusing(layers, swapped))
+    layers[2][-1].zero_()
+    proof(refusing(layers))
+    assert all(torch.equal(*pair) for pair in zip(layers, before, strict=True))
 
 
 def test_separate_allocations_are_refused() -> None:
@@ -122,7 +238,7 @@ def test_a_cache_too_small_for_one_block_is_refused() -> None:
     layers = cache(KVCacheLayout.LBHNC, 4)
     staging = HostStaging(pages_array(layers[0]), page_layout(layers, whole), whole, whole.shard(0, 1))
     with pytest.raises(LayoutError, match="one block alone needs"):
-        round_trip(staging, layers, whole, whole.shard(0, 1))
+        RoundTrip(layers, whole, whole.shard(0, 1))(staging)
 
 
 def config(
@@ -181,16 +297,15 @@ def test_what_vllms_own_op_writes_becomes_plain_and_comes_back(
     layers = list(torch.zeros(logical, dtype=dtype).unbind(0))
     staging = HostStaging(pages_array(layers[0]), page_layout(layers, whole, order), whole, shard)
     write = writer(vllm_config, layers, isa)
-    round_trip(staging, layers, whole, shard, write)
+    proof = RoundTrip(layers, whole, shard, write)
+    proof(staging)
     assert not any(layer.any() for layer in layers), "the self-test leaves the cache as it was"
     for wrong in ("vec", "amx", "bfmmla"):
         packing = known_packings(page_tokens, head_dim).get(wrong)
         if packing not in (None, order.packing):
             other = page_layout(layers, whole, PageOrder("plain", "other", packing))
             with pytest.raises(LayoutError, match="layer 0 lies in a block in an order"):
-                round_trip(
-                    HostStaging(pages_array(layers[0]), other, whole, shard), layers, whole, shard, write
-                )
+                proof(HostStaging(pages_array(layers[0]), other, whole, shard))
 
 
 def test_pages_of_two_instruction_sets_and_sizes_make_the_same_block(monkeypatch: pytest.MonkeyPatch) -> None:

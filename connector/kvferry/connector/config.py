@@ -118,7 +118,8 @@ class CudaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     path: Literal["auto", "kernel", "batch", "copies"] = "auto"
     """``kernel`` gathers pages by a kernel and copies whole blocks; ``batch`` and ``copies`` copy every run of a page
-    by DMA, many or one to a call of the driver. ``auto`` measures at start for about a second and takes the fastest."""
+    by DMA, many or one to a call of the driver. ``auto`` measures at start for about a second and takes the fastest.
+    One that is not there, or fails the self-test, is replaced by the next, with a warning."""
     thread_blocks: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
     """Thread blocks of 512 threads that a kernel may have: what it takes of the GPU while the model computes."""
     ring_bytes: Annotated[int, msgspec.Meta(ge=1)] = 64 << 20

@@ -2,7 +2,8 @@
 
 Which one is fastest depends on the pages' layout, the GPU, the driver and the link, and nobody can tell beforehand.
 So every worker tries the ways it has for about a second before it serves, on memory of its own, takes the fastest, and
-says so in one line of the log. A way that is not there, or fails, is left out with its reason.
+says so in one line of the log. Speed is not all: the way is then proved on the engine's own pages, and where bytes do
+not survive it, the next best is. A way that is not there, fails or is wrong is left out with its reason.
 
 ``make_staging`` is what engines call, on the thread that will serve them.
 """
@@ -18,7 +19,8 @@ from typing import Literal, NamedTuple, get_args
 import msgspec
 
 from kvferry.connector.config import CudaConfig
-from kvferry.connector.errors import ArenaError, DeviceError
+from kvferry.connector.errors import ArenaError, DeviceError, LayoutError
+from kvferry.connector.staging import Staging
 from kvferry.cuda.batch import DirectPath, copy_batch, copy_each
 from kvferry.cuda.driver import Device, open_device
 from kvferry.cuda.geometry import CopyGeometry, copy_geometry
@@ -27,7 +29,18 @@ from kvferry.cuda.ring import KernelPath, RingSize
 from kvferry.cuda.scratch import Scratch, miniature
 from kvferry.cuda.staging import CopyPath, DevicePages, DeviceStaging
 
-__all__ = ["PATHS", "PathName", "Paths", "Trial", "blocks_at_once", "choose", "make_staging"]
+__all__ = [
+    "PATHS",
+    "PathName",
+    "Paths",
+    "Proof",
+    "Trial",
+    "blocks_at_once",
+    "choose",
+    "make_staging",
+    "staging_by",
+    "unproved",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +49,7 @@ PATHS: tuple[PathName, ...] = get_args(PathName)
 """Those that leave the multiprocessors to the model first: they win a tie."""
 
 _UNMEASURED: tuple[PathName, ...] = ("kernel", "batch", "copies")
-"""The order in which paths are tried where nothing could be measured."""
+"""The order in which paths are tried where nothing was measured."""
 
 _RING_PARTS = 2
 """Of each direction: one is on the link, a kernel works on the other."""
@@ -49,6 +62,15 @@ _MOST_COPIES = 1 << 15
 """Of a call of the paths that copy run by run: at a few microseconds each, well below the deadline."""
 _TIE = 1.05
 """What takes no longer than this part of the fastest is as fast."""
+
+
+Proof = Callable[[Staging], None]
+"""Raises LayoutError where blocks do not survive the way by a staging, DeviceError where the GPU refuses to copy them.
+Whatever else it raises is not the staging's fault."""
+
+
+def unproved(staging: Staging) -> None:
+    """Take a staging as it is."""
 
 
 class Trial(NamedTuple):
@@ -113,7 +135,11 @@ class Paths:
 
 
 def make_staging(
-    index: int, pages: DevicePages, config: CudaConfig, engine_stream: Callable[[], int]
+    index: int,
+    pages: DevicePages,
+    config: CudaConfig,
+    engine_stream: Callable[[], int],
+    prove: Proof = unproved,
 ) -> DeviceStaging:
     """Return the staging of a rank whose pages are on a GPU. Takes about a second where it measures.
 
@@ -122,15 +148,29 @@ def make_staging(
         pages: The rank's.
         config: Which path, and how much of the GPU it may take.
         engine_stream: Returns the handle of the stream that the engine's work is queued on now.
+        prove: Called with the staging of one path after the other, until it lets one through.
 
     Raises:
         DeviceError: There is no GPU or driver, the pages are not this GPU's memory, or no path works here; it says
             what to do.
         LayoutError: Pages and blocks do not fit together.
+        Exception: What ``prove`` raises that is not a path's fault.
     """
     device = open_device(index)
     name = f"GPU {index} ({device.architecture})"
-    return choose(device, name, pages, Paths(device, config), config.path, engine_stream)
+    return choose(device, name, pages, Paths(device, config), config.path, engine_stream, prove)
+
+
+def staging_by(
+    index: int, pages: DevicePages, config: CudaConfig, path: PathName, engine_stream: Callable[[], int]
+) -> DeviceStaging:
+    """Return a staging by one path and no other, neither measured nor proved.
+
+    For pages of which blocks go by that path already. Arguments and errors are those of ``make_staging``.
+    """
+    device = open_device(index)
+    make = functools.partial(Paths(device, config).make, path, pages.address)
+    return DeviceStaging(device, pages, make, engine_stream, path)
 
 
 def choose(
@@ -140,9 +180,10 @@ def choose(
     paths: Paths,
     wanted: Literal["auto"] | PathName,
     engine_stream: Callable[[], int],
+    prove: Proof = unproved,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DeviceStaging:
-    """Return a staging by the path that is wanted, or by the fastest.
+    """Return a staging by the path that is wanted, or by the fastest; where it is not there or wrong, by the next.
 
     Args:
         device: Where the pages are.
@@ -151,34 +192,53 @@ def choose(
         paths: What there is.
         wanted: ``auto`` measures.
         engine_stream: See ``make_staging``.
+        prove: See ``make_staging``.
         clock: Seconds.
 
     Raises:
         DeviceError: The pages are not this GPU's memory, or no path works here.
         LayoutError: Pages and blocks do not fit together.
+        Exception: What ``prove`` raises that is not a path's fault.
     """
     device.activate()
     pages.geometry(device)
     left_out: dict[PathName, str] = {}
     trials: list[Trial] = []
-    candidates: Sequence[PathName] = _UNMEASURED if wanted == "auto" else (wanted,)
     if wanted == "auto":
         trials = _trials(device, pages, paths, left_out, clock)
-        candidates = _ranked(trials) or [path for path in candidates if path not in left_out]
+        candidates = _ranked(trials) or [path for path in _UNMEASURED if path not in left_out]
+    else:
+        candidates = [wanted, *(path for path in _UNMEASURED if path != wanted)]
     for candidate in candidates:
         make = functools.partial(paths.make, candidate, pages.address)
         try:
             staging = DeviceStaging(device, pages, make, engine_stream, candidate)
+            _prove(staging, prove)
         except DeviceError as error:
             left_out[candidate] = _in_one_line(error)
-            continue
-        logger.info("%s: blocks go by %s%s", name, candidate, _reasons(trials, left_out))
-        return staging
+        except LayoutError as error:
+            left_out[candidate] = f"the self-test failed: {error}"
+        else:
+            is_best = candidate == candidates[0]
+            way = candidate if is_best else f"{candidate} instead of {candidates[0]}"
+            level = logging.INFO if is_best else logging.WARNING
+            logger.log(level, "%s: blocks go by %s%s", name, way, _reasons(trials, left_out))
+            return staging
     raise DeviceError(
-        f"stage blocks on {name}",
-        "no path works here" + _reasons([], left_out),
-        "put that right, or set cuda.path to auto",
+        f"stage blocks on {name}", "no path works here" + _reasons([], left_out), "put one of them right"
     )
+
+
+def _prove(staging: DeviceStaging, prove: Proof) -> None:
+    """Prove a staging. One that is not let through is closed: the next may need what it holds."""
+    try:
+        prove(staging)
+    except BaseException:
+        try:
+            staging.close()
+        except DeviceError as error:
+            logger.warning("what %s held could not be given back: %s", staging.path_name, error)
+        raise
 
 
 def blocks_at_once(path: PathName, geometry: CopyGeometry, most_copies: int) -> int:

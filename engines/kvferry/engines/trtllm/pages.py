@@ -10,6 +10,7 @@ import numpy as np
 from kvferry.connector.config import CudaConfig
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import Bytes, HostStaging, Staging
+from kvferry.cuda.choice import Proof
 from kvferry.cuda.staging import DevicePages
 from kvferry.engines.gpu_staging import gpu_staging
 from kvferry.engines.trtllm.geometry import cache_layout, pool_layout
@@ -34,16 +35,20 @@ class RankPages(NamedTuple):
         """Whether copies must be ordered against the engine's streams."""
         return bool(self.layers[0].device.type != "cpu")
 
-    def staging(self, block: BlockLayout, shard: Shard, config: CudaConfig) -> Staging:
-        """Return what moves blocks between these pages and slots.
+    def staging(self, block: BlockLayout, shard: Shard, config: CudaConfig, prove: Proof) -> Staging:
+        """Return what moves blocks between these pages and slots, once ``prove`` has let it through.
 
         Raises:
-            LayoutError: Pages and blocks do not fit together.
+            LayoutError: Pages and blocks do not fit together, or blocks survive no way.
+            Exception: What ``prove`` raises that is not a staging's fault.
         """
         if not self.is_on_gpu:
-            return HostStaging(self._bytes(), self.layout, block, shard)
+            on_host = HostStaging(self._bytes(), self.layout, block, shard)
+            prove(on_host)
+            return on_host
         nbytes = self.layout.extent_bytes()
-        return gpu_staging(self.layers, DevicePages(self.address, nbytes, self.layout, block, shard), config)
+        pages = DevicePages(self.address, nbytes, self.layout, block, shard)
+        return gpu_staging(self.layers, pages, config, prove)
 
     def _bytes(self) -> Bytes:
         memory = (ctypes.c_uint8 * self.layout.extent_bytes()).from_address(self.address)

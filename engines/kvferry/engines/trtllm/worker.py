@@ -24,8 +24,9 @@ from kvferry.connector.arena import ArenaHandle
 from kvferry.connector.config import Config
 from kvferry.connector.errors import KVFerryError, LoadFailed
 from kvferry.connector.layout import BlockLayout, Shard
+from kvferry.cuda.choice import Proof, unproved
 from kvferry.engines.jobs import LoadJob, StepJobs, WorkerReport
-from kvferry.engines.roundtrip import round_trip
+from kvferry.engines.roundtrip import RoundTrip
 from kvferry.engines.stager import Stager
 from kvferry.engines.trtllm.geometry import block_layout, page_tokens
 from kvferry.engines.trtllm.pages import RankPages, cache_pages, pool_pages
@@ -112,9 +113,10 @@ class WorkerSide:
     def _register(self, find: Callable[[], RankPages]) -> None:
         try:
             pages = find()
-            staging = pages.staging(self._layout, self._shard, self._config.cuda)
+            prove: Proof = unproved
             if self._config.self_test:
-                round_trip(staging, pages.layers, self._layout, self._shard)
+                prove = RoundTrip(pages.layers, self._layout, self._shard)
+            staging = pages.staging(self._layout, self._shard, self._config.cuda, prove)
         except Exception as error:  # noqa: BLE001  # boundary: torch and a GPU may refuse anything
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {_told(error)}"
             logger.error("kvferry is off on %s", self._problem)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
 
 from kvferry.connector.config import CudaConfig
-from kvferry.connector.errors import DeviceError, KVFerryError
+from kvferry.connector.errors import DeviceError, KVFerryError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.registry import PluginRegistry
 from kvferry.connector.settings import Settings
 from kvferry.connector.staging import Bytes, Copies, HostStaging, PageIds, SlotIds, Staging
 from kvferry.connector.transport import RemotePages
-from kvferry.cuda.choice import make_staging
+from kvferry.cuda.choice import PathName, Proof, staging_by, unproved
 from kvferry.cuda.staging import DevicePages, DeviceStaging
 from kvferry.engines.gpu_staging import gpu_staging
 from kvferry.engines.handoff.exporting import PageExports, export_pages
@@ -27,7 +27,7 @@ from kvferry.engines.handoff.reading import PeerReads
 from kvferry.engines.handoff.roles import ROLES
 from kvferry.engines.handoff.transports import chosen, context, usable
 from kvferry.engines.jobs import StepJobs, WorkerReport
-from kvferry.engines.roundtrip import round_trip
+from kvferry.engines.roundtrip import RoundTrip
 from kvferry.engines.stager import Stager, StagerResults
 from kvferry.engines.vllm.affinity import unbound
 from kvferry.engines.vllm.geometry import attention_spec, block_layout, page_layout, pages_array
@@ -84,27 +84,33 @@ class WorkerSide:
             order = page_order(self._vllm_config, attention_spec(self._kv_cache_config), page_tokens)
             # Also where nothing is tested: layers that something else writes are refused.
             write = token_writer(self._vllm_config, names, layers) if order.packing is not None else None
-            staging = _staging(layers, num_pages, self._layout, self._shard, cuda, order)
-            if self._config.self_test:
-                round_trip(staging.kernel_pages, layers, self._layout, self._shard, write)
+            proof = RoundTrip(layers, self._layout, self._shard, write) if self._config.self_test else None
+            staging = _staging(layers, num_pages, self._layout, self._shard, cuda, proof or unproved, order)
         except KVFerryError as error:
             self._problem = f"rank {self._shard.rank}: the start-up self-test failed: {error}"
             logger.error("kvferry is off on %s", self._problem)
             return
         if isinstance(staging.kernel_pages, DeviceStaging):
-            self._gpu_pages = _gpu_pages(
-                layers, self._layout, self._shard, cuda, staging.kernel_pages.path_name
-            )
+            path = cast(PathName, staging.kernel_pages.path_name)
+            self._gpu_pages = _gpu_pages(layers, self._layout, self._shard, cuda, path)
+        has_doubts = proof is not None and proof.has_refused and self._gpu_pages is None
         with unbound():
-            peers = self._open_handoffs(layers, order)
+            peers = self._open_handoffs(layers, order, has_doubts)
             self._stager = Stager(staging, self._layout, self._shard, peers, order.encoding)
 
-    def _open_handoffs(self, layers: list[torch.Tensor], order: PageOrder) -> PeerReads | None:
-        """Make this rank's pages readable for others, and others' for it, as far as the role goes."""
+    def _open_handoffs(
+        self, layers: list[torch.Tensor], order: PageOrder, has_doubts: bool
+    ) -> PeerReads | None:
+        """Make this rank's pages readable for others, and others' for it, as far as the role goes.
+
+        Others read pages by their addresses. With doubts about these, which torch's copies do without, nobody may.
+        """
         peer = self._config.peer
         if not self._role.is_on(peer.enabled):
             return None
         try:
+            if has_doubts:
+                raise LayoutError("blocks that go by the addresses of its pages come back different")
             num_pages = self._kv_cache_config.num_blocks
             memory = page_memory(layers, num_pages, self._layout, self._shard, self._gpu_pages, order)
             transports = chosen(PluginRegistry(self._config.plugins), peer)
@@ -221,14 +227,18 @@ def _staging(
     block: BlockLayout,
     shard: Shard,
     cuda: CudaConfig,
+    prove: Proof,
     order: PageOrder = PLAIN,
 ) -> _ManagerPages:
+    """Return what stages this rank's blocks, once ``prove`` has let it through by the kernel's pages."""
     layout = page_layout(layers, block, order)
     ratio = layout.num_pages // num_pages
     if layers[0].device.type == "cpu":
-        return _ManagerPages(HostStaging(pages_array(layers[0]), layout, block, shard), ratio)
+        on_host = HostStaging(pages_array(layers[0]), layout, block, shard)
+        prove(on_host)
+        return _ManagerPages(on_host, ratio)
     pages = _device_pages(layers, layout, block, shard)
-    return _ManagerPages(gpu_staging(layers, pages, cuda), ratio)
+    return _ManagerPages(gpu_staging(layers, pages, cuda, prove), ratio)
 
 
 def _device_pages(
@@ -239,13 +249,16 @@ def _device_pages(
 
 
 def _gpu_pages(
-    layers: list[torch.Tensor], block: BlockLayout, shard: Shard, cuda: CudaConfig, path: str
+    layers: list[torch.Tensor], block: BlockLayout, shard: Shard, cuda: CudaConfig, path: PathName
 ) -> GpuPages:
-    """Return what stages single pages, by the path that was chosen for blocks."""
+    """Return what stages single pages, by the path that was chosen for blocks.
+
+    No other path takes its place where there is no room for it: an engine that serves has no pages to prove one on.
+    """
     index = layers[0].device.index or 0
-    config = msgspec.structs.replace(cuda, path=path, ring_bytes=min(cuda.ring_bytes, _HANDOFF_RING_BYTES))
+    config = msgspec.structs.replace(cuda, ring_bytes=min(cuda.ring_bytes, _HANDOFF_RING_BYTES))
     pages = _device_pages(layers, page_layout(layers, block), block, shard)
-    return GpuPages(pages, lambda some: make_staging(index, some, config, lambda: 0))
+    return GpuPages(pages, lambda some: staging_by(index, some, config, path, lambda: 0))
 
 
 def _all_failed(jobs: StepJobs, problem: str) -> StagerResults:
