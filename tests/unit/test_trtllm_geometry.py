@@ -155,6 +155,17 @@ def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
         checkpoint_folder(args(tmp_path / "nowhere"))
 
 
+def test_a_path_that_the_hub_takes_for_no_name_is_refused_in_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, file: str, revision: str | None) -> None:
+        raise ValueError(f"{name} is no repository's name")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(try_to_load_from_cache=refuse))
+    with pytest.raises(LayoutError, match="no checkpoint"):
+        checkpoint_folder(args(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize(("block", "tp_size"), [(BLOCK, 1), (BLOCK, 2), (BLOCK, 8), (MLA, 4)])
 def test_every_vector_of_a_pool_is_where_it_is_said_to_be(block: BlockLayout, tp_size: int) -> None:
     shard = block.shard(tp_size - 1, tp_size)

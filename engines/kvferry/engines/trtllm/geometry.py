@@ -11,6 +11,7 @@ Whatever is not exactly so is refused: a wrong guess would feed the model wrong 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Mapping
@@ -71,9 +72,11 @@ def checkpoint_folder(llm_args: object) -> Path:
         hub = None
     if name and hub is not None:
         revision = getattr(llm_args, "revision", None)
-        found = hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(found, str):
-            return Path(found).parent
+        # A path that is not there is no name either: the hub refuses it as a ValueError.
+        with contextlib.suppress(ValueError):
+            found = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+            if isinstance(found, str):
+                return Path(found).parent
     raise LayoutError(
         f"no checkpoint with a config.json at {name!r}; give the engine a local folder as its model"
     )
