@@ -5,8 +5,8 @@ it had not given the pages to anybody else in between; and if the digests of bot
 Whatever goes wrong is a failed load: the request is recomputed.
 
 Who owns what
-  * The stager's loading thread submits reads; it never waits. Each read is answered exactly once, through its ``on_done``, on
-    a thread of this module.
+  * The stager's loading thread submits reads; it never waits. Each read is answered exactly once, through its
+    ``on_done``, on a thread of this module.
   * Each peer has a *link*, with a thread ``kvferry-peer-<host>:<port>`` that owns the connection and the transport's
     readers, so that a peer that is slow delays nobody else. A link ends when nothing was read for ``_IDLE_S``.
   * A second thread of the link, ``kvferry-verify``, digests what was read while more is being read.
