@@ -2,13 +2,15 @@
 
 Selected by ``kv_connector_module_path``, so it is loaded in each of vLLM's processes. What it does is read
 from the file that the environment variable ``COPIES`` names, at each batch: ``gather 0.2`` or
-``scatter 0.2`` makes each such copy of a block take that many seconds longer, ``gather fail`` raises.
+``scatter 0.2`` makes each such copy of a block take that many seconds longer, ``gather fail`` raises,
+``gather hold`` lets none through while the file says so.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 from kvferry.connector.staging import Bytes, HostStaging, PageIds, SlotIds
@@ -19,17 +21,25 @@ __all__ = ["KVFerryConnector"]
 _gather = HostStaging.gather
 _scatter = HostStaging.scatter
 _never = threading.Event()
+_LONGEST_HOLD_S = 60.0
+
+
+def _wanted() -> list[str]:
+    try:
+        return Path(os.environ["COPIES"]).read_text().split()
+    except FileNotFoundError:
+        return []
 
 
 def _disturb(verb: str, blocks: int) -> None:
-    try:
-        wanted, how = Path(os.environ["COPIES"]).read_text().split()
-    except (FileNotFoundError, ValueError):
-        return
-    if wanted == verb:
-        if how == "fail":
+    end = time.monotonic() + _LONGEST_HOLD_S
+    while _wanted() == [verb, "hold"] and time.monotonic() < end:
+        _never.wait(0.01)
+    match _wanted():
+        case [kind, "fail"] if kind == verb:
             raise RuntimeError(f"{verb} was told to fail")
-        _never.wait(float(how) * blocks)
+        case [kind, seconds] if kind == verb and seconds != "hold":
+            _never.wait(float(seconds) * blocks)
 
 
 def _disturbed_gather(self: HostStaging, page_ids: PageIds, slots: SlotIds, arena: Bytes) -> None:

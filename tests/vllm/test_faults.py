@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engine import Answer, Engine, Engines
 from first_life import FirstLife
-from prompts import PROMPTS, Prompt
+from prompts import PROMPTS, Prompt, random_tokens
 from reference import EXTERNAL_HITS
 
 ROUNDING = 1e-3
@@ -145,6 +145,43 @@ def test_pages_reused_under_slow_saves_are_saved_right(
         slow.reset()
         check(first_life, [prompt], slow.generate([{"tokens": prompt}]))
     assert slow.metric(EXTERNAL_HITS) > before
+
+
+def test_pages_that_loads_reuse_under_slow_saves_are_saved_right(
+    slow: Engine, first_life: FirstLife, disturb: Path
+) -> None:
+    """Pages that were given back before they were saved take what another request loads, with a thread for each."""
+    slow.clear()
+    known, others = PROMPTS[:30], PROMPTS[60:100]
+    slow.generate([{"tokens": prompt} for prompt in known])
+    slow.settle(block_tokens=64)
+    before = slow.metric(EXTERNAL_HITS)
+    disturb.write_text("gather 0.02")
+    mixed = [prompt for pair in zip(others, [*known, *others[:10]], strict=True) for prompt in pair]
+    check(first_life, mixed, slow.generate([{"tokens": prompt} for prompt in mixed], together=True))
+    assert slow.metric(EXTERNAL_HITS) > before
+    disturb.unlink()
+    slow.settle(block_tokens=64)
+    for prompt in known + others:
+        slow.reset()
+        check(first_life, [prompt], slow.generate([{"tokens": prompt}]))
+
+
+def test_a_hit_does_not_wait_for_what_is_being_saved(
+    slow: Engine, first_life: FirstLife, disturb: Path
+) -> None:
+    slow.clear()
+    known = PROMPTS[0]
+    slow.generate([{"tokens": known}])
+    slow.settle(block_tokens=64)
+    disturb.write_text("gather hold")
+    slow.generate([{"tokens": random_tokens(random.Random(14), 4 * 64 + 5)}])
+    before = slow.metric(EXTERNAL_HITS)
+    check(first_life, [known], slow.generate([{"tokens": known}]))
+    assert slow.metric(EXTERNAL_HITS) > before
+    slow.wait_for_metric("kvferry_reservations")
+    disturb.unlink()
+    slow.settle(block_tokens=64)
 
 
 def test_a_worker_that_cannot_copy_switches_kvferry_off_and_the_engine_goes_on(
