@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,8 +92,7 @@ class Stager:
         self._retry_at = 0.0
         self._problem = ""
         self._state = threading.Condition()
-        self._open_saves: dict[int, frozenset[int]] = {}
-        """The pages that each of them reads."""
+        self._open_saves: dict[int, SaveJob] = {}
         self._cancelled: set[int] = set()
         self._results = StagerResults(set(), set(), set(), WorkerReport())
         self._loader = OrderedThread(f"kvferry-loader-{shard.rank}")
@@ -116,9 +115,11 @@ class Stager:
     def submit_loads(self, jobs: StepJobs) -> None:
         """Queue the step's loads. Never blocks on copies."""
         self._switch(jobs)
-        plan = _Plan(self._mark() if jobs.loads else None, self._arena)
+        if not jobs.loads:
+            return
+        plan = _Plan(self._mark(), self._arena)
         with self._state:
-            earlier = dict(self._open_saves)
+            earlier = tuple(self._open_saves.values())
         for load in jobs.loads:
             self._loader.submit(partial(self._load, load, plan, earlier))
 
@@ -127,7 +128,7 @@ class Stager:
         self._switch(jobs)
         plan = _Plan(self._mark() if jobs.saves else None, self._arena)
         with self._state:
-            self._open_saves.update((save.id, self._pages(save)) for save in jobs.saves)
+            self._open_saves.update((save.id, save) for save in jobs.saves)
         for save in jobs.saves:
             self._saver.submit(partial(self._save, save, plan))
         for request_id in jobs.releases:
@@ -210,11 +211,13 @@ class Stager:
             self.disable(f"rank {self._shard.rank} cannot follow the engine's work: {error!r}")
             return None
 
-    def _load(self, load: LoadJob, plan: _Plan, earlier: dict[int, frozenset[int]]) -> None:
+    def _load(self, load: LoadJob, plan: _Plan, earlier: Sequence[SaveJob]) -> None:
         pages = {page for copy in load.copies for page in copy.pages}
         if load.peer is not None:
             pages.update(load.peer.pages)
-        self.fence(save_id for save_id, read in earlier.items() if not pages.isdisjoint(read))
+        self.fence(
+            save.id for save in earlier if any(not pages.isdisjoint(copy.pages) for copy in save.copies)
+        )
         started = time.perf_counter()
         is_good = (
             self._copy(self._staging.scatters, load, plan)
@@ -277,12 +280,6 @@ class Stager:
             logger.exception("rank %d could not let go of an arena", self._shard.rank)
             self.disable(f"rank {self._shard.rank} could not let go of an arena: {error!r}")
         arena.close()
-
-    def _pages(self, save: SaveJob) -> frozenset[int]:
-        """Return the pages that a save reads here."""
-        if not self._shard.is_writer:
-            return frozenset()
-        return frozenset(page for copy in save.copies for page in copy.pages)
 
     def _shard_bytes(self, job: LoadJob | SaveJob) -> int:
         share = self._layout.payload_bytes * self._shard.num_heads // self._layout.num_kv_heads
