@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from staging_kit import MakeRig, Rig, StagingTests
+from staging_kit import MakeRig, Rig, StagingTests, ids, small_case
 
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import Bytes
@@ -63,39 +63,24 @@ def layers_in(memory: Bytes, layout: PageLayout) -> list[torch.Tensor]:
 
 
 def rig(memory: Bytes, layout: PageLayout, block: BlockLayout, shard: Shard) -> Rig:
-    return Rig(TorchPages(layers_in(memory, layout), layout, block, shard), lambda: memory)
+    own = memory.copy()
+    return Rig(TorchPages(layers_in(own, layout), layout, block, shard), lambda: own)
 
 
 class TestTorchPages(StagingTests):
     @pytest.fixture
     def make(self) -> MakeRig:
-        def made(memory: Bytes, layout: PageLayout, block: BlockLayout, shard: Shard) -> Rig:
-            own = memory.copy()
-            return rig(own, layout, block, shard)
-
-        return made
+        return rig
 
 
 def test_each_direction_has_a_stream_and_its_own_marks(cuda: list[Stream]) -> None:
-    block = BlockLayout(num_layers=1, num_kv_heads=1, block_tokens=4, head_dim=4, itemsize=1)
-    layout = PageLayout(
-        num_pages=2,
-        page_tokens=4,
-        num_heads=1,
-        head_bytes=4,
-        kv_factor=2,
-        layer_offsets=(0,),
-        page_stride=32,
-        head_stride=32,
-        token_stride=8,
-        kv_stride=4,
-    )
-    staging = rig(np.zeros(64, np.uint8), layout, block, block.shard(0, 1)).staging
+    case = small_case()
+    staging = rig(case.memory(), case.layout, case.block, case.shard).staging
     marks = staging.mark(), staging.mark()
-    slots = np.zeros((1, block.slot_bytes), np.uint8)
+    slots = np.zeros((1, case.block.slot_bytes), np.uint8)
     for direction, mark in zip((staging.gathers, staging.scatters), marks, strict=True):
         direction.wait(mark)
-        direction.copy(np.array([[0]], np.int32), np.array([0]), slots)
+        direction.copy(ids([0, 1]), np.array([0]), slots)
         direction.finish()
     out, back = cuda
     assert out is not back

@@ -54,18 +54,8 @@ class DirectPath:
 
     def __init__(self, device: Device, pages: int, geometry: CopyGeometry, copy: CopyCall) -> None:
         runs = _Runs(pages, geometry)
-        self._gathers = _Gathers(runs, copy, device.stream(is_urgent=False), device.event())
-        self._scatters = _Scatters(runs, copy, device.stream(is_urgent=True), device.event())
-
-    @property
-    def gathers(self) -> PathCopies:
-        """Queues copies out of pages."""
-        return self._gathers
-
-    @property
-    def scatters(self) -> PathCopies:
-        """Queues copies into pages."""
-        return self._scatters
+        self.gathers: PathCopies = _Gathers(runs, copy, device.stream(is_urgent=False), device.event())
+        self.scatters: PathCopies = _Scatters(runs, copy, device.stream(is_urgent=True), device.event())
 
     def close(self) -> None:
         """Do nothing: streams go with their last reference."""

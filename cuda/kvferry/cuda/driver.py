@@ -17,6 +17,7 @@ Addresses are plain integers; those of registered host memory mean the same to t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import weakref
@@ -38,6 +39,7 @@ __all__ = [
     "Kernels",
     "Stream",
     "do_all",
+    "insist",
     "one_copy",
     "open_device",
     "wait_for_all",
@@ -165,6 +167,20 @@ def do_all(steps: Iterable[Callable[[], object]]) -> None:
             refusals.append(error)
     if refusals:
         raise refusals[0]
+
+
+def insist(step: Callable[[], object]) -> None:
+    """Take a step, and once more if it was refused.
+
+    Raises:
+        DeviceError: The first refusal, also where the second attempt was not refused.
+    """
+    try:
+        step()
+    except DeviceError:
+        with contextlib.suppress(DeviceError):
+            step()
+        raise
 
 
 def wait_for_all(streams: Iterable[Stream], end: Event) -> None:

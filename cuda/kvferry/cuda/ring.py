@@ -121,18 +121,8 @@ class KernelPath:
             self.close()
             raise
         about = _Copying(geometry, pages, table, copy, size.thread_blocks)
-        self._gathers = _Gathers(about, gather, saves, out, ends[0])
-        self._scatters = _Scatters(about, scatter, loads, back, ends[1])
-
-    @property
-    def gathers(self) -> PathCopies:
-        """Moves shards out of pages; blocks only until a part of its ring is free."""
-        return self._gathers
-
-    @property
-    def scatters(self) -> PathCopies:
-        """Moves shards into pages; blocks only until a part of its ring is free."""
-        return self._scatters
+        self.gathers: PathCopies = _Gathers(about, gather, saves, out, ends[0])
+        self.scatters: PathCopies = _Scatters(about, scatter, loads, back, ends[1])
 
     def close(self) -> None:
         """Give the device's memory back. Idempotent; nothing may be queued."""
@@ -194,7 +184,10 @@ class _Copying(NamedTuple):
 
 
 class _Direction:
-    """A ring, the streams that it turns between, and the kernel on the pages' side."""
+    """A ring, the streams that it turns between, and the kernel on the pages' side.
+
+    Copying blocks only until a part of the ring is free.
+    """
 
     def __init__(
         self, about: _Copying, kernel: Kernel, streams: _Streams, parts: Sequence[_Part], end: Event

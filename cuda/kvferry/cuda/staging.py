@@ -15,7 +15,6 @@ Who owns what
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, PageLayout, Shard
 from kvferry.connector.staging import BatchBounds, Bytes, Copies, PageIds, SlotIds
-from kvferry.cuda.driver import Addresses, Device, Event, Held, do_all
+from kvferry.cuda.driver import Addresses, Device, Event, Held, do_all, insist
 from kvferry.cuda.geometry import CopyGeometry, copy_geometry
 
 __all__ = ["CopyPath", "DevicePages", "DeviceStaging", "PathCopies"]
@@ -127,27 +126,14 @@ class DeviceStaging:
         self._engine_stream = engine_stream
         self._arenas = _Arenas(device)
         bounds = BatchBounds.of(pages.layout, pages.block)
-        self._pages_per_block = bounds.pages_per_block
+        self.pages_per_block = bounds.pages_per_block
         first = geometry.slot_offset
-        self._gathers = _DeviceCopies(device, path.gathers, bounds.check_gather, self._arenas, first)
-        self._scatters = _DeviceCopies(device, path.scatters, bounds.check_scatter, self._arenas, first)
+        self.gathers: Copies = _DeviceCopies(device, path.gathers, bounds.check_gather, self._arenas, first)
+        self.scatters: Copies = _DeviceCopies(
+            device, path.scatters, bounds.check_scatter, self._arenas, first
+        )
         self.path_name = path_name
         """By which other stagings of the same pages can be made without measuring again."""
-
-    @property
-    def pages_per_block(self) -> int:
-        """Engine pages that make up one block."""
-        return self._pages_per_block
-
-    @property
-    def gathers(self) -> Copies:
-        """Queues copies of blocks out of the engine's pages into slots."""
-        return self._gathers
-
-    @property
-    def scatters(self) -> Copies:
-        """Queues copies of blocks out of slots into the engine's pages."""
-        return self._scatters
 
     def mark(self) -> Event:
         """Return an event behind the work that is queued on the engine's stream now."""
@@ -170,8 +156,9 @@ class DeviceStaging:
         Raises:
             DeviceError: The first refusal.
         """
-        ways = [functools.partial(_finish, way) for way in (self._path.gathers, self._path.scatters)]
-        do_all([self._device.activate, *ways, self._path.close, self._arenas.let_all_go])
+        path = self._path
+        waits = [functools.partial(insist, way.finish) for way in (path.gathers, path.scatters)]
+        do_all([self._device.activate, *waits, path.close, self._arenas.let_all_go])
 
 
 class _DeviceCopies:
@@ -239,12 +226,3 @@ class _Arenas:
         with self._lock:
             held = [self._registered.popitem()[1] for _ in range(len(self._registered))]
         do_all(one.close for one in held)
-
-
-def _finish(way: PathCopies) -> None:
-    try:
-        way.finish()
-    except DeviceError:
-        with contextlib.suppress(DeviceError):
-            way.finish()
-        raise

@@ -22,7 +22,7 @@ from kvferry.connector.arena import Arena
 from kvferry.connector.errors import DeviceError, LayoutError
 from kvferry.connector.layout import BlockLayout, Shard
 from kvferry.connector.staging import Bytes, Copies, PageIds, SlotIds, Staging
-from kvferry.cuda.driver import do_all
+from kvferry.cuda.driver import do_all, insist
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class RoundTrip:
     def _put_back(self, staging: Staging, slots: Bytes) -> None:
         """Leave pages and staging as they were. Copies that go on would spoil that, so a refused wait is repeated."""
         restore = functools.partial(self._write, self._held)
-        waits = [direction.finish for direction in (staging.gathers, staging.scatters)] * 2
+        waits = [functools.partial(insist, way.finish) for way in (staging.gathers, staging.scatters)]
         do_all([*waits, restore, functools.partial(staging.detach, slots)])
 
     def _write_patterns(self) -> list[torch.Tensor]:

@@ -40,24 +40,9 @@ class TorchPages:
         in_bytes = [layer.view(torch.uint8) for layer in layers]
         slots = _Slots(layout.page_tokens, block, shard, in_bytes[0].shape[3:])
         bounds = BatchBounds.of(layout, block)
-        self._pages_per_block = bounds.pages_per_block
-        self._gathers = _Gathers(in_bytes, slots, bounds.check_gather)
-        self._scatters = _Scatters(in_bytes, slots, bounds.check_scatter)
-
-    @property
-    def pages_per_block(self) -> int:
-        """Engine pages that make up one block."""
-        return self._pages_per_block
-
-    @property
-    def gathers(self) -> Copies:
-        """Copies blocks out of the engine's pages into slots."""
-        return self._gathers
-
-    @property
-    def scatters(self) -> Copies:
-        """Copies blocks out of slots into the engine's pages."""
-        return self._scatters
+        self.pages_per_block = bounds.pages_per_block
+        self.gathers: Copies = _Gathers(in_bytes, slots, bounds.check_gather)
+        self.scatters: Copies = _Scatters(in_bytes, slots, bounds.check_scatter)
 
     def mark(self) -> torch.cuda.Event:
         """Record an event behind the work queued on the engine's current stream."""

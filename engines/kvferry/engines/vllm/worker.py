@@ -172,19 +172,9 @@ class _ManagerPages:
 
     def __init__(self, kernel_pages: Staging, ratio: int) -> None:
         self.kernel_pages = kernel_pages
-        self._ratio = ratio
-
-    @property
-    def pages_per_block(self) -> int:
-        return self.kernel_pages.pages_per_block // self._ratio
-
-    @property
-    def gathers(self) -> Copies:
-        return _SplitPages(self.kernel_pages.gathers, self._ratio)
-
-    @property
-    def scatters(self) -> Copies:
-        return _SplitPages(self.kernel_pages.scatters, self._ratio)
+        self.pages_per_block = kernel_pages.pages_per_block // ratio
+        self.gathers: Copies = _SplitPages(kernel_pages.gathers, ratio)
+        self.scatters: Copies = _SplitPages(kernel_pages.scatters, ratio)
 
     def mark(self) -> object:
         return self.kernel_pages.mark()
