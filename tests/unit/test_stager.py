@@ -421,11 +421,9 @@ def test_a_release_comes_behind_its_saves_and_no_load_holds_it_up(
     stager.submit_saves(StepJobs(arena=server.arena.handle, layout=LAYOUT, releases=["b"]))
     assert stager.take_results().released == set()
     pages.gathers.gate.set()
-    found = stager.take_results()
     end = time.monotonic() + DEADLINE_S
-    while not found.released:
+    while not (found := stager.take_results()).released:
         assert time.monotonic() < end
-        found = stager.take_results()
     assert found.released == {"b"}
 
 
@@ -539,6 +537,7 @@ def test_staging_lets_go_of_an_arena_before_it_is_unmapped(
     step(stager, old.handle(), LoadJob("a", COPY))
     step(stager, new.handle(), LoadJob("b", COPY))
     results(stager, 2)
+    wait_until(lambda: pages.detached != [])
     assert pages.detached == [1]
     stager.close()
     assert pages.is_closed
